@@ -1,0 +1,1 @@
+"""Torch only: networks, losses, metrics, weights, fitting. No geography, no chunks."""

@@ -1,0 +1,32 @@
+"""The errors that a user can cause or meet. The command line alone turns them into one line and an exit code."""
+
+
+class SegpipeError(Exception):
+    """Base of all errors that are told to the user in one line, without a traceback.
+
+    The message names the file, key or chunk, what was found and what was expected.
+    """
+
+    exit_code = 1
+
+
+class UserError(SegpipeError):
+    """The user's mistake, found before any work: a wrong key, file or combination. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunError(SegpipeError):
+    """Something failed while running. What was finished is kept, and running the command again resumes. Exit code 1."""
+
+
+class TileError(RunError):
+    """A tile cannot be read. Carries the tile's path so that it can be named, skipped or repaired."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["TileError"], tuple[str, str]]:
+        return type(self), (self.path, self.reason)

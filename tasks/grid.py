@@ -1,0 +1,160 @@
+"""The absolute pixel lattice and the integer windows on it: everything is counted in whole pixels from here on.
+
+Rows grow downwards (south), columns to the right (east). Row and column numbers are absolute: they are counted from
+the origin of the CRS, not from the city's corner, so they are often negative and never change when a city grows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from affine import Affine
+from numpy.typing import NDArray
+from pyproj import CRS, Proj
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A rectangle of lattice pixels: rows row_off to row_stop (exclusive), columns col_off to col_stop (exclusive)."""
+
+    row_off: int
+    col_off: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.height < 0 or self.width < 0:
+            raise ValueError(f"window of {self.height} x {self.width} px: expected sides of 0 or more")
+
+    @property
+    def row_stop(self) -> int:
+        """First row below the window."""
+        return self.row_off + self.height
+
+    @property
+    def col_stop(self) -> int:
+        """First column to the right of the window."""
+        return self.col_off + self.width
+
+    @property
+    def shape_yx(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.height, self.width
+
+    @property
+    def pixels(self) -> int:
+        """Height x width."""
+        return self.height * self.width
+
+    def pad(self, px: int) -> Window:
+        """The window with a margin of px pixels on all four sides."""
+        return Window(self.row_off - px, self.col_off - px, self.height + 2 * px, self.width + 2 * px)
+
+    def snap(self, step: int) -> Window:
+        """The smallest window around this one whose four sides lie on multiples of step."""
+        row_off, col_off = _floor_to(self.row_off, step), _floor_to(self.col_off, step)
+        return Window.between(row_off, col_off, -_floor_to(-self.row_stop, step), -_floor_to(-self.col_stop, step))
+
+    def intersect(self, other: Window) -> Window:
+        """The common part; a window of no pixels where there is none."""
+        row_off, col_off = max(self.row_off, other.row_off), max(self.col_off, other.col_off)
+        row_stop, col_stop = min(self.row_stop, other.row_stop), min(self.col_stop, other.col_stop)
+        return Window(row_off, col_off, max(0, row_stop - row_off), max(0, col_stop - col_off))
+
+    def union(self, other: Window) -> Window:
+        """The bounding window of both."""
+        return Window.between(
+            min(self.row_off, other.row_off),
+            min(self.col_off, other.col_off),
+            max(self.row_stop, other.row_stop),
+            max(self.col_stop, other.col_stop),
+        )
+
+    def contains(self, other: Window) -> bool:
+        """True if every pixel of other is in this window."""
+        return self.intersect(other) == other
+
+    def within(self, outer: Window) -> tuple[slice, slice]:
+        """Slices that cut this window out of an array that covers outer."""
+        row, col = self.row_off - outer.row_off, self.col_off - outer.col_off
+        return slice(row, row + self.height), slice(col, col + self.width)
+
+    def cells(self, step: int) -> Iterator[tuple[int, int]]:
+        """Absolute indices (row, col) of the cells of step x step pixels that the window meets, row by row."""
+        if not self.pixels:
+            return
+        for row in range(self.row_off // step, (self.row_stop - 1) // step + 1):
+            for col in range(self.col_off // step, (self.col_stop - 1) // step + 1):
+                yield row, col
+
+    @staticmethod
+    def cell(row: int, col: int, step: int) -> Window:
+        """The cell of step x step pixels with absolute index (row, col): a chunk or a block."""
+        return Window(row * step, col * step, step, step)
+
+    @staticmethod
+    def between(row_off: int, col_off: int, row_stop: int, col_stop: int) -> Window:
+        """The window between two corners."""
+        return Window(row_off, col_off, row_stop - row_off, col_stop - col_off)
+
+
+def _floor_to(value: int, step: int) -> int:
+    return value // step * step
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """The absolute pixel lattice of a projected CRS.
+
+    Pixel (0, 0) has its upper left corner at (phase_x, phase_y) in CRS units; 0 <= phase < pixel_size.
+    """
+
+    crs_wkt: str
+    pixel_size: float
+    phase_x: float
+    phase_y: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.pixel_size) and self.pixel_size > 0):
+            raise ValueError(f"pixel_size {self.pixel_size}: expected a positive number of CRS units")
+
+    def transform(self, row_off: int = 0, col_off: int = 0) -> Affine:
+        """Affine transform from (col, row), counted from the given pixel, to CRS coordinates (x, y)."""
+        size = self.pixel_size
+        return Affine(size, 0.0, self.phase_x + col_off * size, 0.0, -size, self.phase_y - row_off * size)
+
+    def bounds(self, window: Window) -> tuple[float, float, float, float]:
+        """(xmin, ymin, xmax, ymax) of a window in CRS units."""
+        xmin, ymax = self.transform() * (window.col_off, window.row_off)
+        xmax, ymin = self.transform() * (window.col_stop, window.row_stop)
+        return xmin, ymin, xmax, ymax
+
+    def ground_pixel_m(self, row: NDArray[np.float64], col: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Side in ground metres of a lattice pixel at the given positions: unit and local scale of the CRS taken out.
+
+        The square of it is the ground area of a pixel. For conformal projections it is also the length along any
+        direction; for others it is the geometric mean of the two principal directions.
+        """
+        x = self.phase_x + np.asarray(col, np.float64) * self.pixel_size
+        y = self.phase_y - np.asarray(row, np.float64) * self.pixel_size
+        lon, lat = self._proj(x * self._metres_per_unit, y * self._metres_per_unit, inverse=True)
+        areal = np.asarray(self._proj.get_factors(lon, lat).areal_scale, np.float64)
+        side: NDArray[np.float64] = self.pixel_size * self._metres_per_unit / np.sqrt(areal)
+        return side
+
+    @cached_property
+    def _crs(self) -> CRS:
+        return CRS.from_wkt(self.crs_wkt)
+
+    @cached_property
+    def _metres_per_unit(self) -> float:
+        return float(self._crs.axis_info[0].unit_conversion_factor)
+
+    @cached_property
+    def _proj(self) -> Proj:
+        # Proj keeps the projection of the CRS and gives metres whatever the unit, hence the factor above.
+        return Proj(self._crs.to_dict() | {"units": "m"} if self._metres_per_unit != 1.0 else self._crs)
