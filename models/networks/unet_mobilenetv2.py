@@ -1,0 +1,122 @@
+"""A U-Net on MobileNetV2 (Sandler et al., arXiv 1801.04381, table 2), with a light decoder with BatchNorm.
+
+The encoder's keys are torchvision's `features.0` to `features.17`, so its ImageNet file loads as it is.
+Axes: B batch, C channels, H rows, W columns, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .network import Network
+
+STAGES = (
+    # expansion, channels, repeats, stride: the rows of table 2
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+SKIPS = (1, 3, 6, 13)
+"""Layers of `features` whose output is kept for the decoder: scale 1/2, 1/4, 1/8, 1/16."""
+DECODER = ((320, 96, 256), (256, 32, 128), (128, 24, 64), (64, 16, 48), (48, 0, 32))
+"""Channels in, channels of the skip, channels out of each decoder step."""
+
+
+class UNetMobileNetV2(Network):
+    """MobileNetV2's features.0 to 17 (1,811,712 parameters) and a decoder of five steps (2,399,601)."""
+
+    stride: ClassVar[int] = 32
+    encoder_prefix: ClassVar[str] = "features."
+    unused_prefixes: ClassVar[tuple[str, ...]] = ("features.18.", "classifier.")
+
+    def __init__(self, bands: int = 3, classes: int = 1) -> None:
+        super().__init__()
+        self.features = _mobilenetv2_features(bands)
+        self.decoder = nn.ModuleList(DecoderStep(*channels) for channels in DECODER)
+        self.head = nn.Conv2d(DECODER[-1][-1], classes, kernel_size=1)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Logits_BKHW of a normalised image; H and W multiples of 32."""
+        x = image_BCHW
+        skips: list[Tensor | None] = [None]
+        for number, layer in enumerate(self.features):
+            x = layer(x)
+            if number in SKIPS:
+                skips.append(x)
+        for step in self.decoder:
+            x = step(x, skips.pop())
+        logits_BKHW: Tensor = self.head(x)
+        return logits_BKHW
+
+
+class InvertedResidual(nn.Module):
+    """Expand by a 1x1 convolution, filter each channel by 3x3, project by 1x1 without activation (section 3.3)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = in_channels * expansion
+        expand = [_conv_norm_relu6(in_channels, hidden, kernel=1)] if expansion != 1 else []
+        self.conv = nn.Sequential(
+            *expand,
+            _conv_norm_relu6(hidden, hidden, kernel=3, stride=stride, groups=hidden),
+            nn.Conv2d(hidden, out_channels, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+        self.residual = stride == 1 and in_channels == out_channels
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """H and W divided by the stride; the input is added where the shapes agree."""
+        y_BCHW: Tensor = self.conv(x_BCHW)
+        return x_BCHW + y_BCHW if self.residual else y_BCHW
+
+
+class DecoderStep(nn.Module):
+    """Transposed 2x2 convolution, concatenation with the skip, two 3x3 convolutions with BatchNorm and ReLU."""
+
+    def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+        self.conv = nn.Sequential(
+            nn.Conv2d(out_channels + skip_channels, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, x_BCHW: Tensor, skip_BCHW: Tensor | None) -> Tensor:
+        """H and W doubled; the skip, if there is one, has the doubled H and W."""
+        x_BCHW = self.up(x_BCHW)
+        if skip_BCHW is not None:
+            x_BCHW = torch.cat([x_BCHW, skip_BCHW], 1)
+        y_BCHW: Tensor = self.conv(x_BCHW)
+        return y_BCHW
+
+
+def _conv_norm_relu6(
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU6(inplace=True),
+    )
+
+
+def _mobilenetv2_features(bands: int) -> nn.Sequential:
+    """Torchvision's features.0 to features.17: the stem and 17 inverted residuals."""
+    layers: list[nn.Module] = [_conv_norm_relu6(bands, 32, kernel=3, stride=2)]
+    channels = 32
+    for expansion, width, repeats, stride in STAGES:
+        for repeat in range(repeats):
+            layers.append(InvertedResidual(channels, width, stride if repeat == 0 else 1, expansion))
+            channels = width
+    return nn.Sequential(*layers)
