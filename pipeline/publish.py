@@ -1,0 +1,404 @@
+"""Publish: footprints to a GeoPackage and rasters to COGs, each written beside, checked, and renamed into place.
+
+The only module that writes GeoPackages. Nothing is held as a whole: footprints stream through in Arrow batches and
+rasters in windows, so memory is set by the batch and the block, not by the city.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyogrio
+import pyogrio.errors
+import pyogrio.raw
+import rasterio
+import rasterio.errors
+import rasterio.shutil
+import rasterio.windows
+import shapely
+from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError  # the base of what rasterio.shutil.copy raises; it has no public name
+
+from segpipe.tasks.errors import RunError
+from segpipe.tasks.grid import Lattice, Window
+
+LAYER = "buildings"
+BATCH_ROWS = 50_000
+"""Most rows of a batch, in and out."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("building_id", pa.string()),
+        pa.field("area_m2", pa.float64()),
+        pa.field("pixels", pa.int64()),
+        pa.field("confidence", pa.float64()),
+        pa.field("geometry", pa.binary()),
+    ]
+)
+"""Columns of the batches: area_m2 on the ground, pixels of the mask, geometry as WKB in coordinates of the CRS."""
+
+ATTRIBUTES = tuple(name for name in SCHEMA.names if name != "geometry")
+PARTIAL = ".partial-segpipe"
+"""Marks what is not finished: `mask.partial-segpipe.tif` beside `mask.tif`."""
+
+TILE_PX = 512
+"""Internal tiles of the COGs."""
+
+PROBLEM = "cannot be written: %s. Check free space and permissions, then run the same command again"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a GeoPackage holds: number of features, digest of its rows, (xmin, ymin, xmax, ymax) or None if empty."""
+
+    features: int
+    digest: str
+    bounds: tuple[float, float, float, float] | None
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file is written before it is renamed to path: beside it, with the same suffix."""
+    return path.with_name(f"{path.stem}{PARTIAL}{path.suffix}")
+
+
+def remove_leftovers(folder: Path) -> tuple[Path, ...]:
+    """Remove the unfinished files of killed runs, and say which."""
+    leftovers = tuple(sorted(folder.glob(f"*{PARTIAL}*")))
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return leftovers
+
+
+# GeoPackage
+
+
+def write_geopackage(path: Path, batches: Iterable[pa.RecordBatch], crs_wkt: str) -> Written:
+    """Write footprints as layer `buildings`, in the order given, with a spatial index and a default QGIS style.
+
+    The batches have the columns of SCHEMA. They are checked as they stream through (valid Polygons only), and the file
+    is read back: number, extent and rows must be those that went in. Raises RunError otherwise, and leaves no file.
+    """
+    _remove_sqlite(path)
+    stream = _CheckedStream(batches)
+    try:
+        _write_layer(path, stream, crs_wkt)
+        _add_style(path)
+        _check_geopackage(path, stream)
+    except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, sqlite3.Error, OSError) as error:
+        _remove_sqlite(path)
+        raise RunError(f"{path}: " + PROBLEM % error) from error
+    except BaseException:
+        _remove_sqlite(path)
+        raise
+    return Written(stream.features, stream.digest.hexdigest(), stream.bounds)
+
+
+def rows_digest(path: Path) -> str:
+    """Digest of the rows of layer `buildings` in the order of their fid: ids, attributes and geometries.
+
+    Of the rows, not of the file: QGIS changes a file by opening it. An added, missing or retyped column changes the digest.
+    Raises pyogrio.errors.DataSourceError or DataLayerError if there is no such file or layer.
+    """
+    with pyogrio.raw.open_arrow(path, layer=LAYER, batch_size=BATCH_ROWS, use_pyarrow=True) as (meta, reader):
+        geometry_name = meta["geometry_name"] or "wkb_geometry"
+        columns = [(field.name, str(field.type)) for field in reader.schema if field.name != geometry_name]
+        if columns != [(name, str(SCHEMA.field(name).type)) for name in ATTRIBUTES]:
+            return hashlib.sha256(repr(columns).encode()).hexdigest()
+        digest = _RowsDigest()
+        for batch in reader:
+            digest.update(batch, shapely.from_wkb(batch.column(geometry_name).to_numpy(zero_copy_only=False)))
+    return digest.hexdigest()
+
+
+def place_geopackage(written: Path, folder: Path, published_digest: str | None) -> Path:
+    """Rename a written GeoPackage to buildings.gpkg in folder, or to buildings-2.gpkg and so on, and say which.
+
+    A file is only replaced if it holds the rows last published (published_digest) or the very rows of the new one, no
+    tables of somebody's own, and nobody has it open (a `-wal` or `-journal` beside it). Anything else is left alone.
+    """
+    number = 1
+    while True:
+        path = folder / ("buildings.gpkg" if number == 1 else f"buildings-{number}.gpkg")
+        if not os.path.lexists(path) or _is_ours(path, written, published_digest):
+            written.replace(path)
+            return path
+        number += 1
+
+
+def _is_ours(path: Path, written: Path, published_digest: str | None) -> bool:
+    if any(path.with_name(path.name + suffix).exists() for suffix in ("-wal", "-journal")):
+        return False
+    try:
+        digest = rows_digest(path)
+        foreign_tables = _tables(path) - _tables(written)
+    except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, sqlite3.Error, OSError):
+        return False
+    return not foreign_tables and (digest == published_digest or digest == rows_digest(written))
+
+
+def _tables(path: Path) -> set[str]:
+    """Names of the tables with content, without those that SQLite and the GeoPackage libraries keep for themselves."""
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+        names = {str(name) for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    return {name for name in names if not name.startswith(("sqlite_", "gpkg_", "rtree_"))}
+
+
+def _remove_sqlite(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _write_layer(path: Path, stream: _CheckedStream, crs_wkt: str) -> None:
+    try:
+        pyogrio.raw.write_arrow(
+            pa.RecordBatchReader.from_batches(SCHEMA, iter(stream)),
+            path,
+            layer=LAYER,
+            driver="GPKG",
+            geometry_name="geometry",
+            geometry_type="Polygon",
+            crs=crs_wkt,
+            # Older QGIS warns about 1.4, which is GDAL's default.
+            dataset_options={"VERSION": "1.2"},
+            layer_options={"SPATIAL_INDEX": "YES", "GEOMETRY_NAME": "geom", "FID": "fid"},
+        )
+    finally:
+        # An exception in the generator comes through the C stream as a text without its kind: the first one counts.
+        if stream.error is not None:
+            raise stream.error
+
+
+def _check_geopackage(path: Path, stream: _CheckedStream) -> None:
+    info = pyogrio.read_info(path, layer=LAYER, force_feature_count=True, force_total_bounds=True)
+    if info["features"] != stream.features:
+        raise RunError(f"{path}: {info['features']} features found after writing {stream.features}")
+    if stream.bounds is not None and tuple(info["total_bounds"]) != stream.bounds:
+        raise RunError(f"{path}: extent {info['total_bounds']} found after writing {stream.bounds}")
+    if rows_digest(path) != stream.digest.hexdigest():
+        raise RunError(f"{path}: the rows read back are not those that were written; the disk may be faulty")
+
+
+class _CheckedStream:
+    """Batches on their way to the writer: counts, bounds and digest grow with every batch that passes."""
+
+    def __init__(self, batches: Iterable[pa.RecordBatch]) -> None:
+        self._batches = batches
+        self.features = 0
+        self.bounds: tuple[float, float, float, float] | None = None
+        self.digest = _RowsDigest()
+        self.error: BaseException | None = None
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        try:
+            for batch in self._batches:
+                yield self._check(batch)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def _check(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        assert batch.num_rows <= BATCH_ROWS, f"batch of {batch.num_rows} rows: at most {BATCH_ROWS} are written at once"
+        batch = batch.select(SCHEMA.names).cast(SCHEMA)
+        geometries = shapely.from_wkb(batch.column("geometry").to_numpy(zero_copy_only=False))
+        good = (shapely.get_type_id(geometries) == shapely.GeometryType.POLYGON) & shapely.is_valid(geometries)
+        good &= ~shapely.is_empty(geometries)
+        if not good.all():
+            row = int(np.flatnonzero(~good)[0])
+            reason = shapely.is_valid_reason(geometries[row])
+            raise RunError(f"building {batch.column('building_id')[row]}: not a valid Polygon ({reason})")
+        if batch.num_rows:
+            bounds = shapely.total_bounds(geometries)
+            if self.bounds is not None:
+                bounds = np.concatenate([np.minimum(bounds, self.bounds)[:2], np.maximum(bounds, self.bounds)[2:]])
+            self.bounds = (float(bounds[0]), float(bounds[1]), float(bounds[2]), float(bounds[3]))
+        self.digest.update(batch, geometries)
+        self.features += batch.num_rows
+        return batch
+
+
+class _RowsDigest:
+    """SHA-256 over columns of rows; how the rows are cut into batches does not matter."""
+
+    def __init__(self) -> None:
+        self._hashes = {name: hashlib.sha256() for name in (*ATTRIBUTES, "text length", "null", "wkb length", "wkb")}
+
+    def update(self, batch: pa.RecordBatch, geometries: NDArray[np.object_]) -> None:
+        """Add rows: the attributes from batch, and the geometries as little-endian WKB in two dimensions."""
+        columns = [batch.column(name) for name in ATTRIBUTES]
+        nulls = [column.is_null().to_numpy(zero_copy_only=False) for column in columns]
+        self._hashes["null"].update(np.stack([*nulls, shapely.is_missing(geometries)], axis=1).tobytes())
+        texts = [text.encode() for text in columns[0].fill_null("").to_pylist()]
+        self._hashes[ATTRIBUTES[0]].update(b"".join(texts))
+        self._hashes["text length"].update(_lengths(texts))
+        for name, column in zip(ATTRIBUTES[1:], columns[1:], strict=True):
+            values = column.fill_null(0).to_numpy(zero_copy_only=False)
+            self._hashes[name].update(values.astype(values.dtype.newbyteorder("<")).tobytes())
+        wkb = shapely.to_wkb(geometries, output_dimension=2, byte_order=1, flavor="iso")
+        parts = [part or b"" for part in wkb]
+        self._hashes["wkb"].update(b"".join(parts))
+        self._hashes["wkb length"].update(_lengths(parts))
+
+    def hexdigest(self) -> str:
+        """The digest so far."""
+        return hashlib.sha256(b"".join(column.digest() for column in self._hashes.values())).hexdigest()
+
+
+def _lengths(parts: list[bytes]) -> bytes:
+    return np.fromiter((len(part) for part in parts), "<i8", len(parts)).tobytes()
+
+
+def _add_style(path: Path) -> None:
+    """Add table layer_styles as QGIS writes it, with one default style.
+
+    QGIS finds a default style only where catalog and schema are empty texts, not NULL.
+    """
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute(STYLE_TABLE)
+        database.execute(
+            "INSERT INTO layer_styles (f_table_catalog, f_table_schema, f_table_name, f_geometry_column, styleName,"
+            " styleQML, styleSLD, useAsDefault, description, owner) VALUES ('', '', ?, 'geom', ?, ?, '', 1, ?, '')",
+            (LAYER, LAYER, STYLE_QML, "Footprints: translucent fill with outline"),
+        )
+        database.execute(
+            "INSERT INTO gpkg_contents (table_name, data_type, identifier, description, srs_id)"
+            " VALUES ('layer_styles', 'attributes', 'layer_styles', '', 0)"
+        )
+
+
+STYLE_TABLE = """CREATE TABLE layer_styles (
+    id INTEGER PRIMARY KEY AUTOINCREMENT NOT NULL,
+    f_table_catalog TEXT(256), f_table_schema TEXT(256), f_table_name TEXT(256), f_geometry_column TEXT(256),
+    styleName TEXT(30), styleQML TEXT, styleSLD TEXT, useAsDefault BOOLEAN, description TEXT, owner TEXT(30),
+    ui TEXT(30), update_time DATETIME DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ','now'))
+)"""
+
+
+def _style_qml(fill_rgba: str, outline_rgba: str, outline_mm: float) -> str:
+    """A QGIS 3 layer style: single symbol, simple fill. Options are read by 3.18 and newer, props by older ones."""
+    values = {
+        "color": fill_rgba,
+        "joinstyle": "miter",
+        "offset": "0,0",
+        "offset_unit": "MM",
+        "outline_color": outline_rgba,
+        "outline_style": "solid",
+        "outline_width": str(outline_mm),
+        "outline_width_unit": "MM",
+        "style": "solid",
+    }
+    options = "".join(f'<Option name="{name}" type="QString" value="{value}"/>' for name, value in values.items())
+    props = "".join(f'<prop k="{name}" v="{value}"/>' for name, value in values.items())
+    return (
+        "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n"
+        '<qgis version="3.22.0" styleCategories="Symbology">'
+        '<renderer-v2 type="singleSymbol" symbollevels="0" enableorderby="0" forceraster="0"><symbols>'
+        '<symbol type="fill" name="0" alpha="1" clip_to_extent="1" force_rhr="0">'
+        '<layer class="SimpleFill" enabled="1" locked="0" pass="0">'
+        f'<Option type="Map">{options}</Option>{props}</layer></symbol></symbols><rotation/><sizescale/></renderer-v2>'
+        "<blendMode>0</blendMode><featureBlendMode>0</featureBlendMode><layerGeometryType>2</layerGeometryType></qgis>"
+    )
+
+
+STYLE_QML = _style_qml(fill_rgba="255,127,14,80", outline_rgba="214,78,0,255", outline_mm=0.3)
+
+
+# Cloud-optimised GeoTIFF
+
+
+def write_cog(
+    path: Path,
+    read: Callable[[Window], NDArray[Any]],
+    window: Window,
+    lattice: Lattice,
+    *,
+    nodata: int | None = 255,
+    bands: int = 1,
+    resampling: Literal["mode", "average", "nearest"],
+    block_px: int,
+) -> None:
+    """Write the raster that covers window as a cloud-optimised GeoTIFF with overviews, and rename it to path.
+
+    read gives uint8 pixels of a part of window, (height, width) or (bands, height, width); it is called once per part of
+    about block_px x block_px. Areas of nothing but nodata take no space. The pixels are read back and compared. Raises
+    RunError if that fails or the disk is full; unfinished files are removed.
+    """
+    if not window.pixels:
+        raise ValueError(f"window of {window.height} x {window.width} px: a raster has at least one pixel")
+    flat, cog = partial_path(path.with_stem(f"{path.stem}.flat")), partial_path(path)
+    parts = list(_parts(window, block_px))
+    # Smooth values deflate better as differences; a mask's runs do not.
+    options = {"COMPRESS": "DEFLATE", "PREDICTOR": "YES" if resampling == "average" else "NO", "BIGTIFF": "IF_SAFER"}
+    try:
+        with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_MB, GDAL_NUM_THREADS="ALL_CPUS"):
+            checksum = _write_flat(flat, read, window, lattice, parts, nodata, bands)
+            options |= {"BLOCKSIZE": str(TILE_PX), "OVERVIEWS": "IGNORE_EXISTING", "SPARSE_OK": "YES"}
+            options["OVERVIEW_RESAMPLING"] = resampling.upper()
+            rasterio.shutil.copy(flat, cog, driver="COG", **options)
+            _check_cog(cog, window, parts, checksum)
+        cog.replace(path)
+    except (rasterio.errors.RasterioError, CPLE_BaseError, OSError) as error:
+        raise RunError(f"{path}: " + PROBLEM % error) from error
+    finally:
+        for leftover in (*path.parent.glob(f"{flat.name}*"), *path.parent.glob(f"{cog.name}*")):
+            leftover.unlink(missing_ok=True)
+
+
+GDAL_CACHE_MB = 64
+
+
+def _parts(window: Window, block_px: int) -> Iterator[Window]:
+    """Parts of window, row by row, counted from its corner: whole internal tiles, so each is compressed only once."""
+    step = max(1, block_px // TILE_PX) * TILE_PX
+    for row_off in range(window.row_off, window.row_stop, step):
+        for col_off in range(window.col_off, window.col_stop, step):
+            yield Window(row_off, col_off, step, step).intersect(window)
+
+
+def _write_flat(
+    path: Path,
+    read: Callable[[Window], NDArray[Any]],
+    window: Window,
+    lattice: Lattice,
+    parts: list[Window],
+    nodata: int | None,
+    bands: int,
+) -> int:
+    """Write a tiled GeoTIFF without overviews, part by part; returns the checksum of its pixels."""
+    profile = {"driver": "GTiff", "dtype": "uint8", "count": bands, "height": window.height, "width": window.width}
+    profile |= {"crs": rasterio.crs.CRS.from_wkt(lattice.crs_wkt), "nodata": nodata}
+    profile |= {"tiled": True, "blockxsize": TILE_PX, "blockysize": TILE_PX, "compress": "deflate", "zlevel": 1}
+    profile |= {"sparse_ok": True, "bigtiff": "IF_SAFER", "interleave": "pixel"}
+    checksum = 0
+    with rasterio.open(path, "w", transform=lattice.transform(window.row_off, window.col_off), **profile) as raster:
+        for part in parts:
+            pixels_BHW = np.asarray(read(part), np.uint8).reshape(bands, *part.shape_yx)
+            checksum = zlib.crc32(np.ascontiguousarray(pixels_BHW), checksum)
+            if nodata is None or (pixels_BHW != nodata).any():
+                raster.write(pixels_BHW, window=_rasterio_window(part, window))
+    return checksum
+
+
+def _check_cog(path: Path, window: Window, parts: list[Window], checksum: int) -> None:
+    found = 0
+    with rasterio.open(path) as raster:
+        layout = raster.tags(ns="IMAGE_STRUCTURE").get("LAYOUT")
+        for part in parts:
+            found = zlib.crc32(np.ascontiguousarray(raster.read(window=_rasterio_window(part, window))), found)
+    if layout != "COG" or found != checksum:
+        raise RunError(f"{path}: the pixels read back are not those that were written; the disk may be full or faulty")
+
+
+def _rasterio_window(part: Window, window: Window) -> rasterio.windows.Window:
+    return rasterio.windows.Window(part.col_off - window.col_off, part.row_off - window.row_off, part.width, part.height)
