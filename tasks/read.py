@@ -1,0 +1,374 @@
+"""Read: source tiles as they lie on disk, mosaicked on the lattice. The only module that opens source rasters.
+
+Axes: B or C band, H row, W column.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import rasterio
+from numpy.typing import NDArray
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.windows import Window as RasterWindow
+
+from .errors import TileError, UserError
+from .grid import Window
+
+MaskKind = Literal["none", "per_dataset", "alpha"]
+Invalid = Callable[["Tile", Window], NDArray[np.bool_] | None]
+
+OPEN_TILES = 8  # datasets that a thread keeps open: the tiles around one chunk
+GDAL_OPTIONS: dict[str, Any] = {
+    # rasterio takes bytes, as a number; GDAL's own default of 5 % of the machine's memory would be each process's.
+    "GDAL_CACHEMAX": 256 * 2**20,
+    # Side files (.msk, .aux.xml, .tfw) are looked up by name: no listing of the folder, and masks are still found.
+    "GDAL_DISABLE_READDIR_ON_OPEN": "TRUE",
+    "GDAL_NUM_THREADS": "1",
+    # Damaged JPEG and PNG files are otherwise filled with grey or black and no error.
+    "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE",
+    "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",
+}
+_LOSSY_CODECS = ("JPEG", "WEBP", "JXL", "JP2", "J2K", "JPEG2000")
+_EXPECTED = "expected a raster that GDAL can read, such as GeoTIFF"
+
+
+@dataclass(frozen=True)
+class TileHeader:
+    """What a tile says about itself; no pixel has been read.
+
+    transform is Affine's first six numbers, from (column, row) to (x, y), the identity where the file has none.
+    lossy is True where decoded samples may differ from what was encoded. missing_bytes is how many bytes the file
+    falls short of the last strip or tile that its TIFF directories promise: 0 for a whole file and for other formats.
+    """
+
+    path: str
+    width: int
+    height: int
+    bands: int
+    dtype: str
+    crs_wkt: str | None
+    transform: tuple[float, float, float, float, float, float]
+    nodata: float | None
+    lossy: bool
+    mask: MaskKind
+    colours: tuple[str, ...]
+    block_shape_yx: tuple[int, int]
+    missing_bytes: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A source raster at its place on the lattice, and the rule by which its pixels are invalid.
+
+    window covers the whole raster, pixel for pixel. bands are 1-based. nodata lists sample values; tolerance is the
+    largest distance from them, in sample units.
+    """
+
+    path: str
+    window: Window
+    bands: tuple[int, ...]
+    nodata: tuple[float, ...] = ()
+    tolerance: float = 0.0
+    mask: MaskKind = "none"
+
+    def __post_init__(self) -> None:
+        if not self.bands or min(self.bands) < 1:
+            raise ValueError(f"{self.path}: bands {self.bands}: expected 1-based band numbers")
+        if not self.window.pixels:
+            raise ValueError(f"{self.path}: {self.window}: expected a window with pixels")
+        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
+            raise ValueError(f"{self.path}: tolerance {self.tolerance}: expected 0 or more")
+
+
+def read_header(path: str) -> TileHeader:
+    """Header of one tile. Raises UserError in one line where the file is missing, no raster or cut in its header."""
+    file = Path(path)
+    if not file.exists():
+        raise UserError(f"{path}: no such file; expected a raster")
+    try:
+        with rasterio.Env(**GDAL_OPTIONS), _open(path) as dataset:
+            if not dataset.count:
+                raise UserError(f"{path}: holds no raster band of its own; {_EXPECTED}")
+            transform = tuple(float(value) for value in dataset.transform[:6])
+            return TileHeader(
+                path=path,
+                width=dataset.width,
+                height=dataset.height,
+                bands=dataset.count,
+                dtype=dataset.dtypes[0],
+                crs_wkt=dataset.crs.to_wkt() if dataset.crs else None,
+                transform=(transform[0], transform[1], transform[2], transform[3], transform[4], transform[5]),
+                nodata=None if dataset.nodata is None else float(dataset.nodata),
+                lossy=_is_lossy(dataset),
+                mask=_mask_kind(dataset),
+                colours=tuple(colour.name for colour in dataset.colorinterp),
+                block_shape_yx=dataset.block_shapes[0],
+                missing_bytes=_missing_bytes(file),
+            )
+    except (RasterioError, OSError) as error:
+        raise UserError(f"{path}: {_what_it_is(file, error)}; {_EXPECTED}") from error
+
+
+def read_window(tiles: Sequence[Tile], window: Window, invalid: Invalid) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Mosaic of tiles over a window of the lattice: image_CHW uint8 and valid_HW, True where a tile has a valid pixel.
+
+    Where tiles overlap, the later in the list wins where it is valid. Invalid pixels are 0 in the image. invalid(tile,
+    window) gives the tile's invalid pixels (True) within a window of the lattice, None where all are valid.
+
+    Raises TileError where a tile cannot be decoded or is not the one that was planned.
+    """
+    bands = {len(tile.bands) for tile in tiles}
+    if len(bands) != 1:
+        raise ValueError(f"tiles with {sorted(bands)} bands: expected at least one tile, and one number of bands")
+    image_CHW = np.zeros((bands.pop(), *window.shape_yx), np.uint8)
+    valid_HW = np.zeros(window.shape_yx, np.bool_)
+    # From the last to the first: what a later tile covers need not be read from an earlier one.
+    for tile in reversed(tiles):
+        part = tile.window.intersect(window)
+        rows, cols = part.within(window)
+        wanted_HW = ~valid_HW[rows, cols]
+        bad_HW = invalid(tile, part) if wanted_HW.any() else None
+        if bad_HW is not None:
+            wanted_HW &= ~bad_HW
+        if not wanted_HW.any():
+            continue
+        samples_CHW = read_samples(tile, part)
+        if samples_CHW.dtype != np.uint8:
+            raise TileError(tile.path, f"{samples_CHW.dtype} samples: expected uint8")
+        np.copyto(image_CHW[:, rows, cols], samples_CHW, where=wanted_HW)
+        valid_HW[rows, cols] |= wanted_HW
+    return image_CHW, valid_HW
+
+
+def read_samples(tile: Tile, window: Window) -> NDArray[Any]:
+    """The tile's selected bands over a window of the lattice within it: (band, row, column), in its own dtype."""
+    with _decoding(tile) as dataset:
+        samples: NDArray[Any] = dataset.read(list(tile.bands), window=_local(tile, window))
+        return samples
+
+
+def read_mask(tile: Tile, window: Window) -> NDArray[Any] | None:
+    """Samples (row, column) of the tile's mask or alpha band over a window of the lattice that lies within it.
+
+    None where the tile has neither, or where its alpha band is one of the selected bands and so is imagery.
+    """
+    if tile.mask == "none":
+        return None
+    with _decoding(tile) as dataset:
+        mask: NDArray[Any]
+        if tile.mask == "per_dataset":
+            mask = dataset.read_masks(1, window=_local(tile, window))
+            return mask
+        if ColorInterp.alpha not in dataset.colorinterp:
+            raise TileError(tile.path, "has no alpha band any more: it changed after it was planned")
+        band = dataset.colorinterp.index(ColorInterp.alpha) + 1
+        if band in tile.bands:
+            return None
+        mask = dataset.read(band, window=_local(tile, window))
+        return mask
+
+
+def file_stamp(path: str) -> tuple[int, int]:
+    """(size in bytes, mtime in ns) of a tile, its external mask included. Raises TileError."""
+    try:
+        stats = [file.stat() for file in _files(path)]
+    except OSError as error:
+        raise TileError(path, _reason(error)) from error
+    return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
+
+
+def file_digest(path: str) -> str:
+    """Blake2b of a tile's bytes, its external mask included, in 32 hexadecimal digits. Raises TileError."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        for file in _files(path):
+            with file.open("rb") as stream:
+                while piece := stream.read(2**20):
+                    digest.update(piece)
+    except OSError as error:
+        raise TileError(path, _reason(error)) from error
+    return digest.hexdigest()
+
+
+def _files(path: str) -> list[Path]:
+    mask = Path(f"{path}.msk")
+    return [Path(path), mask] if mask.exists() else [Path(path)]
+
+
+def _local(tile: Tile, window: Window) -> RasterWindow:
+    if not tile.window.contains(window):
+        raise ValueError(f"{window}: expected a window within the tile's {tile.window}")
+    rows, cols = window.within(tile.window)
+    return RasterWindow.from_slices(rows, cols)
+
+
+def _open(path: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # told by the plan, in its own words
+        return rasterio.open(path)
+
+
+class _OpenTiles(threading.local):
+    """The datasets that one thread has open, the last used at the end: GDAL wants one handle per thread."""
+
+    def __init__(self) -> None:
+        self._datasets: OrderedDict[str, tuple[tuple[int, int], Any]] = OrderedDict()
+
+    def get(self, path: str) -> Any:
+        """The dataset of path; opened again if the file was replaced since."""
+        stamp = file_stamp(path)
+        known = self._datasets.get(path)
+        if known is None or known[0] != stamp:
+            self.drop(path)
+            self._datasets[path] = stamp, _open(path)
+            while len(self._datasets) > OPEN_TILES:
+                self.drop(next(iter(self._datasets)))
+        self._datasets.move_to_end(path)
+        return self._datasets[path][1]
+
+    def drop(self, path: str) -> None:
+        """Close the dataset of path if it is open."""
+        known = self._datasets.pop(path, None)
+        if known is not None:
+            known[1].close()
+
+
+_open_tiles = _OpenTiles()
+
+
+@contextmanager
+def _decoding(tile: Tile) -> Iterator[Any]:
+    """The tile's open dataset, checked against the plan; whatever GDAL raises within becomes a TileError."""
+    try:
+        with rasterio.Env(**GDAL_OPTIONS):
+            dataset = _open_tiles.get(tile.path)
+            if (dataset.height, dataset.width) != tile.window.shape_yx or dataset.count < max(tile.bands):
+                found = f"{dataset.width} x {dataset.height} px with {dataset.count} bands"
+                planned = f"{tile.window.width} x {tile.window.height} px with band {max(tile.bands)}"
+                raise TileError(tile.path, f"is {found}, was planned as {planned}: it changed after it was planned")
+            yield dataset
+    except (RasterioError, OSError) as error:
+        # A handle that failed once may hold damaged blocks: a repaired file is opened afresh.
+        _open_tiles.drop(tile.path)
+        missing = _missing_bytes(Path(tile.path))
+        cut = f" (the file ends {missing:,} bytes too early)" if missing else ""
+        raise TileError(tile.path, f"cannot be read: {_reason(error)}{cut}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The root of an error in one line: rasterio wraps what GDAL said, GDAL wraps what libtiff said."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    while error.__cause__ is not None:
+        error = error.__cause__
+    words = " ".join(str(getattr(error, "errmsg", error)).split())
+    return words[:197] + "..." if len(words) > 200 else words
+
+
+def _is_lossy(dataset: Any) -> bool:
+    structure = dataset.tags(ns="IMAGE_STRUCTURE")
+    reversibility = structure.get("COMPRESSION_REVERSIBILITY", "").upper()
+    if reversibility:
+        # "LOSSLESS (possibly)" is what JPEG 2000 says of reversible wavelets that may have been cut short.
+        return bool(reversibility != "LOSSLESS")
+    codec = structure.get("COMPRESSION", "").upper().split()
+    return any(word in _LOSSY_CODECS for word in codec) or dataset.driver.upper().startswith(_LOSSY_CODECS)
+
+
+def _mask_kind(dataset: Any) -> MaskKind:
+    flags = dataset.mask_flag_enums[0]
+    if MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags and MaskFlags.nodata not in flags:
+        return "per_dataset"
+    return "alpha" if ColorInterp.alpha in dataset.colorinterp else "none"
+
+
+def _what_it_is(file: Path, error: BaseException) -> str:
+    """What a file that GDAL cannot open holds, from its first bytes."""
+    if file.is_dir():
+        return "is a folder"
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(64)
+    except OSError as unreadable:
+        return f"cannot be opened: {_reason(unreadable)}"
+    if not head:
+        return "is empty"
+    if head[:4] in _TIFF_KINDS:
+        return f"is a TIFF whose header is damaged or cut off ({file.stat().st_size:,} bytes; {_reason(error)})"
+    text = head.decode("utf-8", "ignore")
+    if len(text) > len(head) // 2 and all(letter.isprintable() or letter.isspace() for letter in text):
+        return f"is text that begins with {' '.join(text.split())[:40]!r}"
+    return f"is no raster: begins with the bytes {head[:8].hex(' ')}"
+
+
+# TIFF 6.0, section 2, and BigTIFF: byte order, type of a directory's number of entries, type of offsets and lengths.
+_TIFF_KINDS = {
+    b"II*\0": ("<", "u2", "u4"),
+    b"MM\0*": (">", "u2", "u4"),
+    b"II+\0": ("<", "u8", "u8"),
+    b"MM\0+": (">", "u8", "u8"),
+}
+_TIFF_INTEGERS = {3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}
+_SUBFILE_TYPE = 254  # bit 0: an overview, which is never read
+_OFFSETS_COUNTS = ((273, 279), (324, 325))  # tags of offsets and byte counts: of strips, of tiles
+
+
+def _missing_bytes(file: Path) -> int:
+    """By how much a TIFF is shorter than the end of the last strip or tile that it lists; 0 for what is no TIFF.
+
+    Strips with offset 0 are sparse, not missing.
+    """
+    try:
+        with file.open("rb") as stream:
+            kind = _TIFF_KINDS.get(stream.read(4))
+            ends = _data_ends(stream, *kind) if kind else []
+        return max(0, *(end - file.stat().st_size for end in ends), 0)
+    except (OSError, ValueError):
+        return 0  # what cannot be parsed here is left to GDAL's own words
+
+
+def _data_ends(stream: BinaryIO, order: str, count_code: str, word: str) -> list[int]:
+    """Where the image data of each directory of a TIFF ends, in bytes from the start of the file."""
+
+    def numbers(code: str, count: int, offset: int) -> NDArray[np.int64]:
+        stream.seek(offset)
+        return np.frombuffer(stream.read(count * np.dtype(code).itemsize), order + code, count).astype(np.int64)
+
+    word_bytes = np.dtype(word).itemsize
+    entry = np.dtype(
+        [("tag", order + "u2"), ("type", order + "u2"), ("count", order + word), ("value", f"V{word_bytes}")]
+    )
+    ends: list[int] = []
+    seen: set[int] = set()
+    directory = int(numbers(word, 1, word_bytes)[0])
+    while directory and directory not in seen:
+        seen.add(directory)
+        first = directory + np.dtype(count_code).itemsize
+        length = int(numbers(count_code, 1, directory)[0])
+        stream.seek(first)
+        tags: dict[int, NDArray[np.int64]] = {}
+        for index, item in enumerate(np.frombuffer(stream.read(length * entry.itemsize), entry, length)):
+            code = _TIFF_INTEGERS.get(int(item["type"]))
+            if code and int(item["tag"]) in (_SUBFILE_TYPE, *sum(_OFFSETS_COUNTS, ())):
+                # A value that does not fit into its entry lies elsewhere, and the entry holds its offset.
+                place = first + index * entry.itemsize + entry.itemsize - word_bytes
+                if int(item["count"]) * np.dtype(code).itemsize > word_bytes:
+                    place = int(numbers(word, 1, place)[0])
+                tags[int(item["tag"])] = numbers(code, int(item["count"]), place)
+        for offsets, counts in _OFFSETS_COUNTS:
+            if offsets in tags and counts in tags and not (tags.get(_SUBFILE_TYPE, np.zeros(1, np.int64))[0] & 1):
+                ends.append(int((tags[offsets] + tags[counts])[tags[offsets] > 0].max(initial=0)))
+        directory = int(numbers(word, 1, first + length * entry.itemsize)[0])
+    return ends
