@@ -1,0 +1,495 @@
+"""Probabilities of one block to buildings: whole ones at once, those that touch a side of the block kept for joining.
+
+A pixel is a building's where its probability reaches the threshold; buildings are 4-connected. Everything decided here
+about a building (holes, least area, simplification, id, attributes) is a function of the whole building in absolute
+lattice pixels, never of the block. Geometry: x = column, y = row downwards; only `publishable` goes to the CRS.
+
+prob_HW: uint8, 0..250 = 0..1, 255 = no valid pixel there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import shapely
+from numpy.typing import NDArray
+
+from .grid import Lattice, Window
+from .outlines import Geometries, Int64s, Runs, find_runs, segments_of, trace
+
+FULL_U8 = 250
+"""The stored value of probability 1; larger values are invalid pixels."""
+
+_HOLE_CELL_PX = 512
+"""Holes are looked at together by cells of this side: few reads, each of a bounded window."""
+
+
+@dataclass(frozen=True, slots=True)
+class VectorSettings:
+    """What makes buildings of probabilities.
+
+    threshold_u8: the least probability of a building's pixel in steps of 1/250, ceil(250 x threshold).
+    min_area_m2, fill_holes_m2: smaller buildings are dropped, smaller holes filled. simplify_m: tolerance, 0 for none.
+    """
+
+    threshold_u8: int
+    min_area_m2: float
+    fill_holes_m2: float
+    simplify_m: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.threshold_u8 <= FULL_U8:
+            raise ValueError(f"threshold_u8 {self.threshold_u8}: expected 1 to {FULL_U8}")
+        for name in ("min_area_m2", "fill_holes_m2", "simplify_m"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} {value}: expected a number of 0 or more")
+
+
+@dataclass(frozen=True)
+class Components:
+    """Connected buildings or pieces of them, one per element of equally long arrays, before anything is decided.
+
+    key_row, key_col: the first pixel (smallest row, then column). pixels: their number. prob_sum: sum of their uint8
+    probabilities. geometry: canonical polygons (see outlines) in absolute lattice pixels.
+    """
+
+    key_row: Int64s
+    key_col: Int64s
+    pixels: Int64s
+    prob_sum: Int64s
+    geometry: Geometries
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def take(self, chosen: NDArray[np.bool_] | Int64s) -> Self:
+        """Those that a mask or an array of indices chooses."""
+        return type(self)(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """All of the parts, in their order."""
+        if not parts:
+            return cls.empty()
+        names = [field.name for field in fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    @classmethod
+    def empty(cls) -> Self:
+        """No element."""
+        dtypes = {"geometry": np.object_, "pixel_m": np.float64}
+        return cls(*(np.zeros(0, dtypes.get(field.name, np.int64)) for field in fields(cls)))
+
+    @classmethod
+    def from_arrow(cls, batch: pa.RecordBatch) -> Self:
+        """The inverse of to_arrow."""
+        columns = {field.name: batch.column(field.name).to_numpy(zero_copy_only=False) for field in fields(cls)}
+        return cls(**columns | {"geometry": _from_wkb(columns["geometry"])})
+
+    def to_arrow(self) -> pa.RecordBatch:
+        """A column per field, geometry as little-endian WKB."""
+        names = [field.name for field in fields(self)]
+        columns = [pa.array(getattr(self, name)) for name in names if name != "geometry"]
+        columns.insert(names.index("geometry"), _to_wkb(self.geometry))
+        return pa.RecordBatch.from_arrays(columns, names)
+
+
+@dataclass(frozen=True)
+class Buildings(Components):
+    """Finished buildings: geometry is simplified and its small holes are filled, pixels and prob_sum are the mask's.
+
+    area_px: pixels with those of the filled holes, exact. pixel_m: side of a pixel on the ground at the building's
+    centre, in metres.
+    """
+
+    area_px: Int64s
+    pixel_m: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What the neighbours of a block must know of it.
+
+    top, right, bottom, left: int32 labels of the buildings' pixels along the block's sides, 0 = no building; label n is
+    element n - 1 of the block's border components. key_row, key_col: first pixel of each border component.
+    """
+
+    window: Window
+    top: NDArray[np.int32]
+    right: NDArray[np.int32]
+    bottom: NDArray[np.int32]
+    left: NDArray[np.int32]
+    key_row: Int64s
+    key_col: Int64s
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The vectors of one block: finished buildings, pieces that touch its sides, and numbers that add up over blocks.
+
+    Every side of a block counts as one to join over, the grid's outer rim too: there no neighbour will be found.
+    """
+
+    sides: Sides
+    finished: Buildings
+    border: Components
+    valid_pixels: int
+    invalid_pixels: int
+    mask_pixels: int
+
+
+def vectorize_block(prob_HW: NDArray[np.uint8], window: Window, lattice: Lattice, settings: VectorSettings) -> Fragment:
+    """Buildings of one block, window being its place on the lattice."""
+    if prob_HW.shape != window.shape_yx:
+        raise ValueError(f"probabilities of shape {prob_HW.shape}: expected {window.shape_yx}, the window's")
+    mask_HW = mask_of(prob_HW, settings.threshold_u8)
+    runs, components = _components_of(mask_HW, prob_HW, window.row_off, window.col_off)
+    touches = _touches_side(runs, window)
+    border = components.take(touches)
+    number = np.where(touches, np.cumsum(touches), 0).astype(np.int32)
+    top, right, bottom, left = _labels_of_sides(runs, number, window)
+    valid_pixels = int(np.count_nonzero(prob_HW <= FULL_U8))
+    return Fragment(
+        sides=Sides(window, top, right, bottom, left, border.key_row, border.key_col),
+        finished=finish(components.take(~touches), settings, lattice, lambda part: prob_HW[part.within(window)]),
+        border=border,
+        valid_pixels=valid_pixels,
+        invalid_pixels=window.pixels - valid_pixels,
+        mask_pixels=int(components.pixels.sum()),
+    )
+
+
+def mask_of(prob_HW: NDArray[np.uint8], threshold_u8: int) -> NDArray[np.bool_]:
+    """True where a valid pixel reaches the threshold."""
+    mask_HW: NDArray[np.bool_] = (prob_HW >= threshold_u8) & (prob_HW <= FULL_U8)
+    return mask_HW
+
+
+def polygonize(mask_HW: NDArray[np.bool_], prob_HW: NDArray[np.uint8], row_off: int, col_off: int) -> Components:
+    """4-connected components of a mask whose upper left pixel is (row_off, col_off), in the order of first pixels."""
+    return _components_of(mask_HW, prob_HW, row_off, col_off)[1]
+
+
+def _components_of(
+    mask_HW: NDArray[np.bool_], prob_HW: NDArray[np.uint8], row_off: int, col_off: int
+) -> tuple[Runs, Components]:
+    runs, segments = find_runs(mask_HW)
+    if not runs.regions:
+        return runs, Components.empty()
+    length = runs.col_stop - runs.col
+    run_sum = np.add.reduceat(prob_HW[mask_HW], np.cumsum(length) - length, dtype=np.int64)
+    pixels, prob_sum = np.zeros(runs.regions, np.int64), np.zeros(runs.regions, np.int64)
+    np.add.at(pixels, runs.label, length)
+    np.add.at(prob_sum, runs.label, run_sum)
+    first = np.unique(runs.label, return_index=True)[1]
+    components = Components(
+        key_row=runs.row[first] + row_off,
+        key_col=runs.col[first] + col_off,
+        pixels=pixels,
+        prob_sum=prob_sum,
+        geometry=trace(segments, runs.regions, row_off, col_off),
+    )
+    return runs, components
+
+
+def _touches_side(runs: Runs, window: Window) -> NDArray[np.bool_]:
+    """True for every component with a pixel in the outermost rows and columns."""
+    touches = np.zeros(runs.regions, np.bool_)
+    outer = (runs.row == 0) | (runs.row == window.height - 1) | (runs.col == 0) | (runs.col_stop == window.width)
+    touches[runs.label[outer]] = True
+    return touches
+
+
+def _labels_of_sides(
+    runs: Runs, number: NDArray[np.int32], window: Window
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """Labels along top, right, bottom and left, number being the label of each component."""
+    label = number[runs.label]
+
+    def row_of_labels(row: int) -> NDArray[np.int32]:
+        here = runs.row == row
+        change = np.zeros(window.width + 1, np.int32)
+        change[runs.col[here]] += label[here]
+        change[runs.col_stop[here]] -= label[here]
+        return np.cumsum(change[:-1], dtype=np.int32)
+
+    def column_of_labels(here: NDArray[np.bool_]) -> NDArray[np.int32]:
+        column = np.zeros(window.height, np.int32)
+        column[runs.row[here]] = label[here]
+        return column
+
+    right, left = column_of_labels(runs.col_stop == window.width), column_of_labels(runs.col == 0)
+    return row_of_labels(0), right, row_of_labels(window.height - 1), left
+
+
+def finish(
+    components: Components,
+    settings: VectorSettings,
+    lattice: Lattice,
+    read_prob: Callable[[Window], NDArray[np.uint8]],
+) -> Buildings:
+    """Whole components to buildings: small holes filled, then small buildings dropped, then outlines simplified.
+
+    read_prob gives prob_HW of a window inside the components' bounds, with 255 where nothing is stored.
+    """
+    if not len(components):
+        return Buildings.empty()
+    pixel_m = _pixel_m(components.geometry, lattice)
+    geometry, filled_px = _fill_holes(components.geometry, settings, pixel_m, read_prob)
+    area_px = components.pixels + filled_px
+    large = area_px * pixel_m**2 >= settings.min_area_m2
+    geometry, pixel_m = geometry[large], pixel_m[large]
+    kept = components.take(large)
+    return Buildings(
+        key_row=kept.key_row,
+        key_col=kept.key_col,
+        pixels=kept.pixels,
+        prob_sum=kept.prob_sum,
+        geometry=_simplify(geometry, settings.simplify_m / pixel_m, lattice) if settings.simplify_m else geometry,
+        area_px=area_px[large],
+        pixel_m=pixel_m,
+    )
+
+
+def _pixel_m(geometry: Geometries, lattice: Lattice) -> NDArray[np.float64]:
+    """Side of a pixel on the ground at the centres of the polygons' bounds, metres."""
+    xmin, ymin, xmax, ymax = shapely.bounds(geometry).T
+    return lattice.ground_pixel_m((ymin + ymax) / 2, (xmin + xmax) / 2)
+
+
+def _fill_holes(
+    geometry: Geometries,
+    settings: VectorSettings,
+    pixel_m: NDArray[np.float64],
+    read_prob: Callable[[Window], NDArray[np.uint8]],
+) -> tuple[Geometries, Int64s]:
+    """Polygons without their small holes of valid pixels outside the mask, and the pixels gained by each."""
+    filled_px = np.zeros(len(geometry), np.int64)
+    with_holes = np.flatnonzero(shapely.get_num_interior_rings(geometry) > 0)
+    if not len(with_holes) or not settings.fill_holes_m2:
+        return geometry, filled_px
+    rings, owner = shapely.get_rings(geometry[with_holes], return_index=True)
+    is_hole = np.append(False, owner[1:] == owner[:-1])
+    ring_px = np.abs(shapely.area(shapely.polygons(rings))).astype(np.int64)
+    small = np.flatnonzero(is_hole & (ring_px * pixel_m[with_holes][owner] ** 2 < settings.fill_holes_m2))
+    gone = np.zeros(len(rings), np.bool_)
+    gone[small] = _is_plain(rings[small], settings.threshold_u8, read_prob)
+    np.add.at(filled_px, with_holes[owner[gone]], ring_px[gone])
+    changed = np.zeros(len(geometry), np.bool_)
+    changed[with_holes[owner[gone]]] = True
+    staying = ~gone & changed[with_holes][owner]
+    geometry = geometry.copy()
+    if staying.any():
+        index = np.unique(owner[staying], return_inverse=True)[1]
+        geometry[changed] = shapely.polygons(rings[staying], indices=index)
+    return geometry, filled_px
+
+
+def _is_plain(
+    holes: Geometries, threshold_u8: int, read_prob: Callable[[Window], NDArray[np.uint8]]
+) -> NDArray[np.bool_]:
+    """True for every hole (canonical ring) all of whose pixels are valid and below the threshold."""
+    plain = np.ones(len(holes), np.bool_)
+    if not len(holes):
+        return plain
+    row, col, hole = _pixels_inside(holes)
+    cell = np.stack([row // _HOLE_CELL_PX, col // _HOLE_CELL_PX])
+    first = np.searchsorted(hole, np.arange(len(holes)))
+    _, group = np.unique(cell[:, first], axis=1, return_inverse=True)
+    by_group = np.argsort(group[hole], kind="stable")
+    for pixels in np.split(by_group, np.flatnonzero(np.diff(group[hole][by_group])) + 1):
+        rows, cols = row[pixels], col[pixels]
+        window = Window.between(int(rows.min()), int(cols.min()), int(rows.max()) + 1, int(cols.max()) + 1)
+        prob_HW = read_prob(window)
+        # Invalid pixels are above every threshold too.
+        blocked = prob_HW[rows - window.row_off, cols - window.col_off] >= threshold_u8
+        plain[hole[pixels[blocked]]] = False
+    return plain
+
+
+def _pixels_inside(holes: Geometries) -> tuple[Int64s, Int64s, Int64s]:
+    """Row, column and index of the hole of every pixel inside canonical rings, sorted by hole."""
+    sides = segments_of(holes, np.arange(len(holes)))
+    height = sides.bottom - sides.top
+    row, x, hole = _ranges(sides.top, height), np.repeat(sides.x, height), np.repeat(sides.label, height)
+    order = np.lexsort((x, row, hole))
+    row, x, hole = row[order], x[order], hole[order]
+    width = x[1::2] - x[0::2]
+    return np.repeat(row[0::2], width), _ranges(x[0::2], width), np.repeat(hole[0::2], width)
+
+
+def _ranges(start: Int64s, length: Int64s) -> Int64s:
+    """start[0], start[0] + 1, ... for length[0] numbers, then the same for the next, in one array."""
+    before = np.cumsum(length) - length
+    ranges: Int64s = np.repeat(start - before, length) + np.arange(int(length.sum()))
+    return ranges
+
+
+def _simplify(geometry: Geometries, tolerance_px: NDArray[np.float64], lattice: Lattice) -> Geometries:
+    """Polygons with fewer corners, those whose simple form would not be a valid Polygon left as they are."""
+    # Douglas-Peucker ring by ring is ten times faster than GEOS's form that keeps the topology, and mostly enough.
+    simple, good = _simplify_rings(geometry, tolerance_px)
+    good[good] = _is_valid(simple[good], lattice)
+    rest = np.flatnonzero(~good)
+    simple[rest] = shapely.simplify(geometry[rest], tolerance_px[rest], preserve_topology=True)
+    is_polygon = (shapely.get_type_id(simple[rest]) == shapely.GeometryType.POLYGON) & ~shapely.is_empty(simple[rest])
+    bad = rest[~(is_polygon & _is_valid(simple[rest], lattice))]
+    simple[bad] = geometry[bad]
+    return simple
+
+
+def _simplify_rings(geometry: Geometries, tolerance_px: NDArray[np.float64]) -> tuple[Geometries, NDArray[np.bool_]]:
+    """Polygons with every ring simplified for itself, None where one has collapsed; and True where none has."""
+    simple = np.full(len(geometry), None, np.object_)
+    rings, owner = shapely.get_rings(geometry, return_index=True)
+    lines = shapely.simplify(rings, tolerance_px[owner], preserve_topology=False)
+    whole = (shapely.get_type_id(lines) == shapely.GeometryType.LINEARRING) & (shapely.get_num_coordinates(lines) > 3)
+    good = np.ones(len(geometry), np.bool_)
+    good[owner[~whole]] = False
+    staying = good[owner]
+    if staying.any():
+        shapely.polygons(lines[staying], indices=owner[staying], out=simple)
+    return simple, good
+
+
+def _is_valid(geometry: Geometries, lattice: Lattice) -> NDArray[np.bool_]:
+    """True for what is valid and stays so in the CRS: rounding may push a hole through an oblique side it touches."""
+    valid: NDArray[np.bool_] = shapely.is_valid(geometry) & shapely.is_valid(_to_crs(geometry, lattice))
+    return valid
+
+
+def _to_crs(geometry: Geometries, lattice: Lattice) -> Geometries:
+    """Polygons in CRS coordinates, from lattice pixels."""
+    to_x_y = lattice.transform()
+
+    def forward(col_row: NDArray[np.float64]) -> NDArray[np.float64]:
+        col, row = col_row.T
+        return np.stack([to_x_y.c + to_x_y.a * col, to_x_y.f + to_x_y.e * row], axis=1)
+
+    moved: Geometries = shapely.transform(geometry, forward)
+    return moved
+
+
+def publishable(buildings: Buildings, lattice: Lattice) -> pa.RecordBatch:
+    """What users get of buildings, in the same order.
+
+    building_id: text, the first pixel's place on the lattice. area_m2: ground area of the published polygon, to the
+    cm². pixels: of the mask. confidence: mean probability of these, to 4 decimals. geometry: WKB in the lattice's CRS,
+    shells counterclockwise.
+    """
+    area_m2 = shapely.area(buildings.geometry) * buildings.pixel_m**2
+    confidence = buildings.prob_sum / (FULL_U8 * buildings.pixels)
+    geometry = shapely.orient_polygons(_to_crs(buildings.geometry, lattice)) if len(buildings) else buildings.geometry
+    return pa.RecordBatch.from_arrays(
+        [
+            pa.array(building_ids(buildings.key_row, buildings.key_col), pa.string()),
+            pa.array(np.round(area_m2, 2), pa.float64()),
+            pa.array(buildings.pixels),
+            pa.array(np.round(confidence, 4), pa.float64()),
+            _to_wkb(geometry),
+        ],
+        ["building_id", "area_m2", "pixels", "confidence", "geometry"],
+    )
+
+
+def building_ids(key_row: Int64s, key_col: Int64s) -> list[str]:
+    """Ids of buildings by their first pixels, such as N15240E1822: rows north or south, columns east or west."""
+    return [
+        f"{'N' if row < 0 else 'S'}{abs(row)}{'E' if col >= 0 else 'W'}{abs(col)}"
+        for row, col in zip(key_row.tolist(), key_col.tolist(), strict=True)
+    ]
+
+
+def fragment_to_bytes(fragment: Fragment) -> bytes:
+    """A fragment as an Arrow IPC file of one row, whose columns can be read apart. Equal fragments give equal bytes."""
+    sides, window = fragment.sides, fragment.sides.window
+    columns = {f"window_{name}": pa.array([getattr(window, name)], pa.int64()) for name in _WINDOW}
+    columns |= {name: pa.array([getattr(fragment, name)], pa.int64()) for name in _COUNTS}
+    columns |= {f"side_{name}": _in_one_row(pa.array(getattr(sides, name))) for name in _SIDES}
+    for part in ("border", "finished"):
+        batch = getattr(fragment, part).to_arrow()
+        columns |= {f"{part}_{name}": _in_one_row(batch.column(name)) for name in batch.schema.names}
+    row = pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
+    with pa.ipc.new_file(sink, row.schema, options=options) as writer:
+        writer.write_batch(row)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def fragment_from_bytes(data: bytes | pa.Buffer) -> Fragment:
+    """The inverse of fragment_to_bytes; a pyarrow Buffer over a mapped file will do."""
+    row = _read_row(data, "")
+    return Fragment(
+        _sides_of(row),
+        Buildings.from_arrow(_batch_of(row, "finished_")),
+        Components.from_arrow(_batch_of(row, "border_")),
+        **{name: row.column(name)[0].as_py() for name in _COUNTS},
+    )
+
+
+def sides_from_bytes(data: bytes | pa.Buffer) -> Sides:
+    """The sides of a stored fragment alone: no polygon is read."""
+    return _sides_of(_read_row(data, "window_", "side_", "border_key_"))
+
+
+def border_from_bytes(data: bytes | pa.Buffer) -> Components:
+    """The pieces of a stored fragment that touch its sides: element n - 1 is the one with label n."""
+    return Components.from_arrow(_batch_of(_read_row(data, "border_"), "border_"))
+
+
+def finished_from_bytes(data: bytes | pa.Buffer) -> Buildings:
+    """The finished buildings of a stored fragment."""
+    return Buildings.from_arrow(_batch_of(_read_row(data, "finished_"), "finished_"))
+
+
+def counts_from_bytes(data: bytes | pa.Buffer) -> dict[str, int]:
+    """valid_pixels, invalid_pixels and mask_pixels of a stored fragment."""
+    row = _read_row(data, *_COUNTS)
+    return {name: row.column(name)[0].as_py() for name in _COUNTS}
+
+
+_WINDOW = ("row_off", "col_off", "height", "width")
+_COUNTS = ("valid_pixels", "invalid_pixels", "mask_pixels")
+_SIDES = ("top", "right", "bottom", "left")
+
+
+def _in_one_row(values: pa.Array) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
+
+
+def _read_row(data: bytes | pa.Buffer, *prefixes: str) -> pa.RecordBatch:
+    """The one row of a fragment file with the columns whose names begin so; the others are not decompressed."""
+    names = pa.ipc.open_file(data).schema.names
+    wanted = [index for index, name in enumerate(names) if name.startswith(prefixes)]
+    options = pa.ipc.IpcReadOptions(included_fields=wanted, use_threads=False)
+    return pa.ipc.open_file(data, options=options).get_batch(0)
+
+
+def _batch_of(row: pa.RecordBatch, prefix: str) -> pa.RecordBatch:
+    """The list columns with a prefix as a batch of their own."""
+    names = [name for name in row.schema.names if name.startswith(prefix)]
+    return pa.RecordBatch.from_arrays([row.column(name).flatten() for name in names], [n[len(prefix) :] for n in names])
+
+
+def _sides_of(row: pa.RecordBatch) -> Sides:
+    window = Window(*(row.column(f"window_{name}")[0].as_py() for name in _WINDOW))
+    sides = [row.column(f"side_{name}").flatten().to_numpy() for name in _SIDES]
+    keys = [row.column(f"border_key_{name}").flatten().to_numpy() for name in ("row", "col")]
+    return Sides(window, *sides, *keys)
+
+
+def _to_wkb(geometry: Geometries) -> pa.Array:
+    return pa.array(shapely.to_wkb(geometry, byte_order=1), pa.binary())
+
+
+def _from_wkb(wkb: NDArray[np.object_]) -> Geometries:
+    geometry: Geometries = shapely.from_wkb(wkb)
+    return geometry
