@@ -89,7 +89,7 @@ class DrawnCity:
 
 @dataclass(frozen=True)
 class Style:
-    """What a city has in common. The sun stands towards (sun_x, sun_y), a unit vector; sun_tan: tangent of its height."""
+    """What a city has in common. The sun stands towards (sun_x, sun_y), a unit vector; sun_tan: of its elevation."""
 
     use_share: NDArray[np.float64]
     palette: Float  # road, kerb, soil, dry grass, two tiles, one bright colour: of pavings and of roofs
@@ -247,7 +247,7 @@ def plan_streets(rng: Generator, plan: Plan) -> Plan:
     block_m, reach = (rng.uniform(80, 120), rng.uniform(44, 62)), 0.75 * math.hypot(plan.height, plan.width) * PX_M
     ends = np.array(plan.avenue.coords)
     across = np.array([ends[0, 1] - ends[-1, 1], ends[-1, 0] - ends[0, 0]])
-    blocks, streets = [], []
+    blocks, streets, counts = [], [], np.zeros(len(USES))
     for side in (-2, 2):
         half = Polygon(np.vstack([ends, ends[[-1, 0]] + side * across])).buffer(0)
         quarter = half.intersection(box(0, 0, plan.width, plan.height).buffer(60))
@@ -265,7 +265,9 @@ def plan_streets(rng: Generator, plan: Plan) -> Plan:
             length, v, most = 2 * longer, shorter, block_m[0]
             if length < 1.35 * most:  # long enough: cut it along, if it is deep
                 if 2 * shorter < 1.35 * block_m[1]:
-                    use = USES[rng.choice(len(USES), p=plan.style.use_share)]
+                    wanted = plan.style.use_share * (counts.sum() + 1) - counts + rng.uniform(0, 0.9, len(USES))
+                    use = USES[wanted.argmax()]  # whatever is scarcest, so that small pictures have houses too
+                    counts[wanted.argmax()] += 1
                     blocks.append(Place(frame, longer, shorter, quarter, use))
                     continue
                 frame, length, v, most = frame.moved(0, 0, math.pi / 2), 2 * shorter, longer, block_m[1]
