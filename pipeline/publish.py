@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sqlite3
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,6 @@ import rasterio.windows
 import shapely
 from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError  # the base of what rasterio.shutil.copy raises; it has no public name
-
 from segpipe.tasks.errors import RunError
 from segpipe.tasks.grid import Lattice, Window
 
@@ -54,8 +54,6 @@ PARTIAL = ".partial-segpipe"
 TILE_PX = 512
 """Internal tiles of the COGs."""
 
-PROBLEM = "cannot be written: %s. Check free space and permissions, then run the same command again"
-
 
 @dataclass(frozen=True)
 class Written:
@@ -79,6 +77,11 @@ def remove_leftovers(folder: Path) -> tuple[Path, ...]:
     return leftovers
 
 
+def _write_error(path: Path, error: Exception) -> RunError:
+    free_mb = shutil.disk_usage(path.parent).free / 1e6 if path.parent.is_dir() else 0
+    return RunError(f"{path}: cannot be written ({error}); {free_mb:,.0f} MB are free in this folder")
+
+
 # GeoPackage
 
 
@@ -88,17 +91,17 @@ def write_geopackage(path: Path, batches: Iterable[pa.RecordBatch], crs_wkt: str
     The batches have the columns of SCHEMA. They are checked as they stream through (valid Polygons only), and the file
     is read back: number, extent and rows must be those that went in. Raises RunError otherwise, and leaves no file.
     """
-    _remove_sqlite(path)
+    _remove_with_siblings(path)
     stream = _CheckedStream(batches)
     try:
         _write_layer(path, stream, crs_wkt)
         _add_style(path)
         _check_geopackage(path, stream)
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, sqlite3.Error, OSError) as error:
-        _remove_sqlite(path)
-        raise RunError(f"{path}: " + PROBLEM % error) from error
+        _remove_with_siblings(path)
+        raise _write_error(path, error) from error
     except BaseException:
-        _remove_sqlite(path)
+        _remove_with_siblings(path)
         raise
     return Written(stream.features, stream.digest.hexdigest(), stream.bounds)
 
@@ -106,7 +109,7 @@ def write_geopackage(path: Path, batches: Iterable[pa.RecordBatch], crs_wkt: str
 def rows_digest(path: Path) -> str:
     """Digest of the rows of layer `buildings` in the order of their fid: ids, attributes and geometries.
 
-    Of the rows, not of the file: QGIS changes a file by opening it. An added, missing or retyped column changes the digest.
+    Of the rows, not of the file: QGIS changes a file by opening it. An added, missing or retyped column changes it too.
     Raises pyogrio.errors.DataSourceError or DataLayerError if there is no such file or layer.
     """
     with pyogrio.raw.open_arrow(path, layer=LAYER, batch_size=BATCH_ROWS, use_pyarrow=True) as (meta, reader):
@@ -153,13 +156,16 @@ def _tables(path: Path) -> set[str]:
     return {name for name in names if not name.startswith(("sqlite_", "gpkg_", "rtree_"))}
 
 
-def _remove_sqlite(path: Path) -> None:
-    for suffix in ("", "-wal", "-shm", "-journal"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
+def _remove_with_siblings(path: Path) -> None:
+    """Remove a file and what SQLite and GDAL write beside it: journals, temporary indices and overviews."""
+    for part in path.parent.glob(f"{path.name}*"):
+        part.unlink(missing_ok=True)
 
 
 def _write_layer(path: Path, stream: _CheckedStream, crs_wkt: str) -> None:
     try:
+        # The index is sorted in memory, 70 bytes a building, until this many bytes; from there on it grows on disk.
+        pyogrio.set_gdal_config_options({"OGR_GPKG_MAX_RAM_USAGE_RTREE": str(64 << 20)})
         pyogrio.raw.write_arrow(
             pa.RecordBatchReader.from_batches(SCHEMA, iter(stream)),
             path,
@@ -173,6 +179,7 @@ def _write_layer(path: Path, stream: _CheckedStream, crs_wkt: str) -> None:
             layer_options={"SPATIAL_INDEX": "YES", "GEOMETRY_NAME": "geom", "FID": "fid"},
         )
     finally:
+        pyogrio.set_gdal_config_options({"OGR_GPKG_MAX_RAM_USAGE_RTREE": None})
         # An exception in the generator comes through the C stream as a text without its kind: the first one counts.
         if stream.error is not None:
             raise stream.error
@@ -330,9 +337,9 @@ def write_cog(
 ) -> None:
     """Write the raster that covers window as a cloud-optimised GeoTIFF with overviews, and rename it to path.
 
-    read gives uint8 pixels of a part of window, (height, width) or (bands, height, width); it is called once per part of
-    about block_px x block_px. Areas of nothing but nodata take no space. The pixels are read back and compared. Raises
-    RunError if that fails or the disk is full; unfinished files are removed.
+    read gives uint8 pixels of a part of window, (height, width) or (bands, height, width); it is called once per part,
+    of block_px x block_px rounded down to whole internal tiles. Areas of nothing but nodata take no space. The pixels
+    are read back and compared. Raises RunError if that fails or the disk is full; unfinished files are removed.
     """
     if not window.pixels:
         raise ValueError(f"window of {window.height} x {window.width} px: a raster has at least one pixel")
@@ -349,10 +356,10 @@ def write_cog(
             _check_cog(cog, window, parts, checksum)
         cog.replace(path)
     except (rasterio.errors.RasterioError, CPLE_BaseError, OSError) as error:
-        raise RunError(f"{path}: " + PROBLEM % error) from error
+        raise _write_error(path, error) from error
     finally:
-        for leftover in (*path.parent.glob(f"{flat.name}*"), *path.parent.glob(f"{cog.name}*")):
-            leftover.unlink(missing_ok=True)
+        _remove_with_siblings(flat)
+        _remove_with_siblings(cog)
 
 
 GDAL_CACHE_MB = 64
@@ -384,7 +391,7 @@ def _write_flat(
     with rasterio.open(path, "w", transform=lattice.transform(window.row_off, window.col_off), **profile) as raster:
         for part in parts:
             pixels_BHW = np.asarray(read(part), np.uint8).reshape(bands, *part.shape_yx)
-            checksum = zlib.crc32(np.ascontiguousarray(pixels_BHW), checksum)
+            checksum = zlib.crc32(pixels_BHW.tobytes(), checksum)
             if nodata is None or (pixels_BHW != nodata).any():
                 raster.write(pixels_BHW, window=_rasterio_window(part, window))
     return checksum
@@ -395,10 +402,13 @@ def _check_cog(path: Path, window: Window, parts: list[Window], checksum: int) -
     with rasterio.open(path) as raster:
         layout = raster.tags(ns="IMAGE_STRUCTURE").get("LAYOUT")
         for part in parts:
-            found = zlib.crc32(np.ascontiguousarray(raster.read(window=_rasterio_window(part, window))), found)
+            found = zlib.crc32(raster.read(window=_rasterio_window(part, window)).tobytes(), found)
     if layout != "COG" or found != checksum:
-        raise RunError(f"{path}: the pixels read back are not those that were written; the disk may be full or faulty")
+        # GDAL only logs what fails when it closes a file: a full disk is first noticed here.
+        raise OSError("the pixels read back are not those that were written: the disk is full or faulty")
 
 
 def _rasterio_window(part: Window, window: Window) -> rasterio.windows.Window:
-    return rasterio.windows.Window(part.col_off - window.col_off, part.row_off - window.row_off, part.width, part.height)
+    return rasterio.windows.Window(
+        part.col_off - window.col_off, part.row_off - window.row_off, part.width, part.height
+    )

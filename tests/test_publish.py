@@ -1,0 +1,410 @@
+"""Laws of publishing: what is published is what went in, whole or not at all, and nobody's work is written over."""
+
+import resource
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pyarrow as pa
+import pyogrio
+import pytest
+import rasterio
+import shapely
+from pyproj import CRS
+from segpipe.pipeline.publish import (
+    BATCH_ROWS,
+    SCHEMA,
+    partial_path,
+    place_geopackage,
+    remove_leftovers,
+    rows_digest,
+    write_cog,
+    write_geopackage,
+)
+from segpipe.tasks.errors import RunError
+from segpipe.tasks.grid import Lattice, Window
+
+WKT = CRS(32645).to_wkt()
+LATTICE = Lattice(WKT, 0.3, 0.1, 0.2)
+
+
+def rows(numbers: np.ndarray, geometries: np.ndarray | None = None) -> pa.RecordBatch:
+    if geometries is None:
+        x, y = 500_000 + numbers % 1000 * 10.0, 3_000_000 + numbers // 1000 * 10.0
+        geometries = shapely.box(x, y, x + 3 + numbers % 5, y + 7)
+    columns = {
+        "building_id": [f"r{number}c7" for number in numbers],
+        "area_m2": numbers * 0.09,
+        "pixels": numbers,
+        "confidence": 0.5 + numbers % 100 / 200,
+        "geometry": shapely.to_wkb(geometries),
+    }
+    return pa.record_batch([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
+
+
+def write(path: Path, count: int, first: int = 0) -> str:
+    return write_geopackage(path, [rows(np.arange(first, first + count))], WKT).digest
+
+
+def edit(path: Path, statement: str) -> None:
+    with closing(sqlite3.connect(path)) as database, database:
+        for (trigger,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+            database.execute(f'DROP TRIGGER "{trigger}"')  # they call functions that only GDAL and QGIS have
+        database.execute(statement)
+
+
+def query(path: Path, statement: str) -> list[tuple[object, ...]]:
+    with closing(sqlite3.connect(path)) as database:
+        return database.execute(statement).fetchall()
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writes past this size fail, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_120_000_footprints_stream_to_the_file_in_order_and_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "buildings.gpkg"
+    size_at: list[int] = []
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for first in range(0, 120_000, BATCH_ROWS):
+            size_at.append(path.stat().st_size if path.exists() else 0)
+            yield rows(np.arange(first, min(120_000, first + BATCH_ROWS)))
+
+    written = write_geopackage(path, batches(), WKT)
+    assert size_at[1] > 1_000_000, "the first batch was not on disk when the second was asked for"
+    assert size_at[0] < size_at[1] < size_at[2]
+    frame = pyogrio.read_dataframe(path, layer="buildings")
+    expected = pa.Table.from_batches(list(batches())).to_pandas()
+    assert written.features == len(frame) == 120_000
+    assert tuple(frame.total_bounds) == written.bounds
+    for name in ("building_id", "area_m2", "pixels", "confidence"):
+        assert (frame[name] == expected[name]).all()
+    assert (frame.geometry.to_wkb() == expected["geometry"]).all()
+    assert CRS(frame.crs) == CRS(32645)
+    assert rows_digest(path) == written.digest
+
+
+def test_geopackage_is_version_1_2_with_an_index_and_registered_tables(tmp_path: Path) -> None:
+    path = tmp_path / "buildings.gpkg"
+    write(path, 50)
+    assert query(path, "PRAGMA user_version") == [(10200,)]
+    assert query(path, "PRAGMA integrity_check") == [("ok",)]
+    assert query(path, "SELECT count(*) FROM rtree_buildings_geom") == [(50,)]
+    assert query(path, "SELECT geometry_type_name, z, m FROM gpkg_geometry_columns") == [("POLYGON", 0, 0)]
+    contents = query(path, "SELECT table_name, data_type FROM gpkg_contents ORDER BY 1")
+    assert contents == [("buildings", "features"), ("layer_styles", "attributes")]
+
+
+def test_the_default_style_is_a_translucent_fill_with_an_outline_where_qgis_looks_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "buildings.gpkg"
+    write(path, 1)
+    key = "f_table_catalog, f_table_schema, f_table_name, f_geometry_column, useAsDefault"
+    [(*found, qml)] = query(path, f"SELECT {key}, styleQML FROM layer_styles")
+    assert found == ["", "", "buildings", "geom", 1]
+    style = ElementTree.fromstring(str(qml))
+    assert style.find("renderer-v2/symbols/symbol").attrib["type"] == "fill"  # type: ignore[union-attr]
+    options = {option.get("name"): option.get("value", "") for option in style.iter("Option")}
+    assert 0 < int(options["color"].split(",")[3]) < 128
+    assert int(options["outline_color"].split(",")[3]) == 255
+    assert options["outline_style"] == "solid"
+
+
+@pytest.mark.parametrize("batches", [[], [rows(np.arange(0))]], ids=["no batch", "one batch without rows"])
+def test_a_city_without_buildings_is_an_empty_valid_layer(tmp_path: Path, batches: list[pa.RecordBatch]) -> None:
+    path = tmp_path / "buildings.gpkg"
+    written = write_geopackage(path, batches, WKT)
+    info = pyogrio.read_info(path, layer="buildings")
+    assert (written.features, written.bounds, info["features"]) == (0, None, 0)
+    assert list(info["fields"]) == ["building_id", "area_m2", "pixels", "confidence"]
+    assert info["geometry_type"] == "Polygon"
+    assert CRS(info["crs"]) == CRS(32645)
+    assert rows_digest(path) == written.digest
+
+
+def test_the_digest_does_not_depend_on_the_cut_into_batches_nor_on_byte_order(tmp_path: Path) -> None:
+    numbers = np.arange(100)
+    digests = {
+        write_geopackage(tmp_path / f"{n}.gpkg", [rows(p) for p in np.array_split(numbers, n)], WKT).digest
+        for n in (1, 3, 7)
+    }
+    batch = rows(numbers)
+    big_endian = pa.array(shapely.to_wkb(shapely.from_wkb(batch.column("geometry")), byte_order=0), pa.binary())
+    batch = batch.set_column(4, SCHEMA.field("geometry"), big_endian)
+    digests.add(write_geopackage(tmp_path / "big.gpkg", [batch], WKT).digest)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "VACUUM",
+        "PRAGMA journal_mode = WAL",
+        "CREATE TABLE notes (text TEXT)",
+        "UPDATE gpkg_contents SET last_change = '2020-01-01T00:00:00.000Z', description = 'seen'",
+        "UPDATE layer_styles SET styleName = 'mine'",
+    ],
+)
+def test_the_digest_of_rows_survives_what_changes_the_file_only(tmp_path: Path, statement: str) -> None:
+    path = tmp_path / "buildings.gpkg"
+    digest = write(path, 20)
+    before = path.read_bytes()
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute(statement)
+    assert path.read_bytes() != before
+    assert rows_digest(path) == digest
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE buildings SET building_id = 'house' WHERE fid = 7",
+        "UPDATE buildings SET building_id = NULL WHERE fid = 7",
+        "UPDATE buildings SET area_m2 = area_m2 + 1e-9 WHERE fid = 7",
+        "UPDATE buildings SET pixels = NULL WHERE fid = 1",
+        "DELETE FROM buildings WHERE fid = 20",
+        "UPDATE buildings SET fid = 99 WHERE fid = 3",
+        "ALTER TABLE buildings ADD COLUMN storeys INTEGER",
+    ],
+)
+def test_the_digest_of_rows_changes_with_any_edit(tmp_path: Path, statement: str) -> None:
+    path = tmp_path / "buildings.gpkg"
+    digest = write(path, 20)
+    edit(path, statement)
+    assert rows_digest(path) != digest
+
+
+def test_the_digest_of_rows_changes_with_a_moved_corner(tmp_path: Path) -> None:
+    boxes = shapely.box(np.arange(5.0), 0, np.arange(5.0) + 1, 1)
+    moved = np.append(boxes[:4], shapely.box(4, 0, 5, 1.001))
+    one = write_geopackage(tmp_path / "1.gpkg", [rows(np.arange(5), boxes)], WKT).digest
+    two = write_geopackage(tmp_path / "2.gpkg", [rows(np.arange(5), moved)], WKT).digest
+    assert one != two
+
+
+@pytest.mark.parametrize(
+    "wkt",
+    [
+        "POLYGON ((0 0, 1 1, 1 0, 0 1, 0 0))",
+        "MULTIPOLYGON (((0 0, 1 0, 1 1, 0 0)))",
+        "POINT (0 0)",
+        "POLYGON EMPTY",
+    ],
+)
+def test_what_is_not_a_valid_polygon_is_refused_by_id_and_nothing_is_left(tmp_path: Path, wkt: str) -> None:
+    geometries = np.array([shapely.box(0, 0, 1, 1), shapely.from_wkt(wkt)])
+    with pytest.raises(RunError, match=r"building r1c7: not a valid Polygon"):
+        write_geopackage(tmp_path / "buildings.gpkg", [rows(np.arange(2), geometries)], WKT)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_in_the_source_of_batches_comes_through_as_it_is(tmp_path: Path) -> None:
+    def batches() -> Iterator[pa.RecordBatch]:
+        yield rows(np.arange(10))
+        raise RunError("fragment 3_4 is damaged")
+
+    with pytest.raises(RunError, match=r"^fragment 3_4 is damaged$"):
+        write_geopackage(tmp_path / "buildings.gpkg", batches(), WKT)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_partial_geopackage(tmp_path: Path) -> None:
+    batches = [rows(np.arange(first, first + BATCH_ROWS)) for first in (0, BATCH_ROWS)]
+    with largest_file(2_000_000), pytest.raises(RunError, match="cannot be written"):
+        write_geopackage(tmp_path / "buildings.gpkg", batches, WKT)
+    assert not list(tmp_path.iterdir())
+
+
+def place(folder: Path, count: int, published: str | None) -> tuple[Path, str]:
+    temporary = partial_path(folder / "buildings.gpkg")
+    digest = write(temporary, count)
+    placed = place_geopackage(temporary, folder, published)
+    assert not temporary.exists()
+    assert rows_digest(placed) == digest
+    return placed, digest
+
+
+def test_what_was_published_is_replaced_even_if_the_file_was_opened(tmp_path: Path) -> None:
+    placed, first = place(tmp_path, 10, None)
+    assert placed == tmp_path / "buildings.gpkg"
+    edit(placed, "UPDATE gpkg_contents SET last_change = '2020-01-01T00:00:00.000Z'")
+    placed, _ = place(tmp_path, 11, first)
+    assert placed == tmp_path / "buildings.gpkg"
+    assert [path.name for path in tmp_path.iterdir()] == ["buildings.gpkg"]
+
+
+def test_a_run_killed_before_it_noted_what_it_published_replaces_its_own_rows(tmp_path: Path) -> None:
+    place(tmp_path, 10, None)
+    placed, _ = place(tmp_path, 10, None)
+    assert placed == tmp_path / "buildings.gpkg"
+
+
+def test_edited_rows_are_left_alone_and_the_new_file_is_named_2_then_3(tmp_path: Path) -> None:
+    mine, published = place(tmp_path, 10, None)
+    edit(mine, "UPDATE buildings SET building_id = 'town hall' WHERE fid = 4")
+    edited = mine.read_bytes()
+    second, published = place(tmp_path, 11, published)
+    assert second == tmp_path / "buildings-2.gpkg"
+    again, published = place(tmp_path, 12, published)
+    assert again == second, "rows published under the second name may be replaced there"
+    edit(second, "UPDATE buildings SET building_id = 'church' WHERE fid = 4")
+    third, _ = place(tmp_path, 13, published)
+    assert third == tmp_path / "buildings-3.gpkg"
+    assert mine.read_bytes() == edited
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-journal"])
+def test_a_file_that_somebody_has_open_is_left_alone(tmp_path: Path, suffix: str) -> None:
+    mine, published = place(tmp_path, 10, None)
+    (tmp_path / f"buildings.gpkg{suffix}").write_bytes(b"")
+    before = mine.read_bytes()
+    assert place(tmp_path, 11, published)[0] == tmp_path / "buildings-2.gpkg"
+    assert mine.read_bytes() == before
+
+
+def test_a_file_with_somebodys_table_is_left_alone(tmp_path: Path) -> None:
+    mine, published = place(tmp_path, 10, None)
+    edit(mine, "CREATE TABLE field_notes (text TEXT)")
+    assert place(tmp_path, 11, published)[0] == tmp_path / "buildings-2.gpkg"
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database", b"SQLite format 3\0 torn"])
+def test_a_file_that_is_no_geopackage_is_left_alone(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "buildings.gpkg").write_bytes(content)
+    assert place(tmp_path, 5, None)[0] == tmp_path / "buildings-2.gpkg"
+    assert (tmp_path / "buildings.gpkg").read_bytes() == content
+
+
+def test_a_folder_named_like_the_output_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "buildings.gpkg").mkdir()
+    assert place(tmp_path, 5, None)[0] == tmp_path / "buildings-2.gpkg"
+
+
+def city_pixels(window: Window, high: int) -> np.ndarray:
+    rng = np.random.default_rng(5)
+    pixels = np.kron(rng.integers(0, high + 1, (-(-window.height // 8), -(-window.width // 8))), np.ones((8, 8)))
+    pixels = pixels[: window.height, : window.width].astype(np.uint8)
+    pixels[: window.height // 2, window.width // 2 :] = 255
+    return pixels
+
+
+@pytest.mark.parametrize(("resampling", "high"), [("mode", 1), ("average", 250)])
+@pytest.mark.parametrize("block_px", [512, 1024])
+def test_a_cog_holds_the_same_pixels_in_the_right_place(
+    tmp_path: Path, resampling: str, high: int, block_px: int
+) -> None:
+    window = Window(-700, -1300, 1200, 2100)
+    pixels = city_pixels(window, high)
+    read: list[Window] = []
+
+    def part(inner: Window) -> np.ndarray:
+        read.append(inner)
+        return pixels[inner.within(window)]
+
+    path = tmp_path / "raster.tif"
+    write_cog(path, part, window, LATTICE, resampling=resampling, block_px=block_px)  # type: ignore[arg-type]
+    assert max(inner.pixels for inner in read) <= block_px**2
+    assert sum(inner.pixels for inner in read) == window.pixels
+    with rasterio.open(path) as raster:
+        assert raster.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+        assert raster.overviews(1) == [2, 4, 8]
+        assert raster.nodata == 255
+        assert raster.block_shapes == [(512, 512)]
+        assert raster.transform == LATTICE.transform(window.row_off, window.col_off)
+        assert raster.bounds == pytest.approx(LATTICE.bounds(window))
+        assert CRS(raster.crs) == CRS(32645)
+        np.testing.assert_array_equal(raster.read(1), pixels)
+    with rasterio.open(path, OVERVIEW_LEVEL=0) as half:
+        overview = half.read(1)
+    assert (overview[:300, 530:] == 255).all()
+    assert (overview[302:] != 255).all()
+    if resampling == "average":
+        inner = pixels[600:, :].astype(float).reshape(300, 2, 1050, 2).mean(axis=(1, 3))
+        assert np.abs(overview[302:] - inner[2:]).max() <= 0.5
+    else:
+        np.testing.assert_array_equal(overview[302:], pixels[604::2, ::2])
+    assert [left.name for left in tmp_path.iterdir()] == ["raster.tif"]
+
+
+def test_a_cog_is_the_same_file_for_any_block(tmp_path: Path) -> None:
+    window = Window(3, 5, 1100, 1300)
+    pixels = city_pixels(window, 250)
+    files = []
+    for block_px in (300, 512, 2048):
+        path = tmp_path / f"{block_px}.tif"
+        write_cog(
+            path, lambda part: pixels[part.within(window)], window, LATTICE, resampling="average", block_px=block_px
+        )
+        files.append(path.read_bytes())
+    assert files[0] == files[1] == files[2]
+
+
+def test_areas_without_data_take_no_space_and_a_small_raster_needs_no_overview(tmp_path: Path) -> None:
+    path = tmp_path / "mask.tif"
+    nothing = Window(0, 0, 8192, 8192)
+    write_cog(path, lambda part: np.full(part.shape_yx, 255), nothing, LATTICE, resampling="mode", block_px=4096)
+    assert path.stat().st_size < 20_000
+    with rasterio.open(path) as raster:
+        assert (raster.read(1, window=((4000, 4200), (0, 100))) == 255).all()
+    write_cog(path, lambda part: np.ones(part.shape_yx), Window(0, 0, 7, 1), LATTICE, resampling="mode", block_px=512)
+    with rasterio.open(path) as raster:
+        assert raster.read(1).tolist() == [[1]] * 7
+
+
+def test_a_cog_of_three_bands_without_nodata(tmp_path: Path) -> None:
+    window = Window(0, 0, 600, 700)
+    image_BHW = np.random.default_rng(1).integers(0, 256, (3, 600, 700), dtype=np.uint8)
+    path = tmp_path / "image.tif"
+
+    def read(part: Window) -> np.ndarray:
+        return image_BHW[:, *part.within(window)]
+
+    write_cog(path, read, window, LATTICE, nodata=None, bands=3, resampling="average", block_px=512)
+    with rasterio.open(path) as raster:
+        assert raster.nodata is None
+        np.testing.assert_array_equal(raster.read(), image_BHW)
+
+
+@pytest.mark.parametrize("size", [100_000, 700_000, 1_100_000], ids=["at once", "in the copy", "in the overviews"])
+def test_a_full_disk_is_found_out_and_the_old_raster_stays(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "probability.tif"
+    path.write_bytes(b"old")
+    window = Window(0, 0, 1024, 1024)
+    noise = np.random.default_rng(0).integers(0, 250, (1024, 1024), dtype=np.uint8)
+    with largest_file(size), pytest.raises(RunError, match=r"probability\.tif: cannot be written"):
+        write_cog(path, lambda part: noise[part.within(window)], window, LATTICE, resampling="average", block_px=512)
+    assert [left.name for left in tmp_path.iterdir()] == ["probability.tif"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_reader_that_fails_leaves_the_old_raster_and_no_partial_file(tmp_path: Path) -> None:
+    path = tmp_path / "mask.tif"
+    path.write_bytes(b"old")
+
+    def read(part: Window) -> np.ndarray:
+        if part.row_off:
+            raise RunError("chunk 3_4 is missing")
+        return np.zeros(part.shape_yx, np.uint8)
+
+    with pytest.raises(RunError, match="chunk 3_4 is missing"):
+        write_cog(path, read, Window(0, 0, 1024, 512), LATTICE, resampling="mode", block_px=512)
+    assert [(left.name, left.read_bytes()) for left in tmp_path.iterdir()] == [("mask.tif", b"old")]
+
+
+def test_leftovers_of_killed_runs_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    kept = ["mask.tif", "buildings.gpkg", "buildings-2.gpkg", "notes.partial.txt"]
+    partial = [partial_path(tmp_path / name).name for name in ("mask.tif", "mask.flat.tif", "buildings.gpkg")]
+    for name in [*kept, *partial, partial[0] + ".ovr.tmp", partial[2] + "-journal"]:
+        (tmp_path / name).touch()
+    assert len(remove_leftovers(tmp_path)) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
