@@ -1,0 +1,185 @@
+"""The command line: the only click, printing and exit codes. Stages are imported inside commands: --help is instant."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+YAML_FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@contextmanager
+def _told(debug: bool) -> Iterator[None]:
+    """Turn errors into one line and an exit code: 2 the user's mistake, 1 failed while running."""
+    from segpipe.tasks.errors import SegpipeError
+
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    except SegpipeError as error:
+        if debug:
+            raise
+        _end(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _end("stopped; what is done is kept; run the same command again to go on", 1)
+    except OSError as error:
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _end(f"{where}{error.strerror or error}; what is done is kept; run the same command again to go on", 1)
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _end(message: str, code: int) -> NoReturn:
+    click.echo(f"segpipe: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(command)
+    return click.option(
+        "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Change a key of the YAML, for this run."
+    )(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="segpipe")
+def main() -> None:
+    """Aerial imagery to building footprints."""
+
+
+@main.command()
+@click.argument("city", type=YAML_FILE)
+@click.option("--scheduler", metavar="ADDRESS", help="Work on a running Dask scheduler, such as tcp://host:8786.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
+@click.option("--fresh", is_flag=True, help="Start over: delete what earlier runs have kept in the output folder.")
+@_job_options
+def run(city: Path, scheduler: str | None, dry_run: bool, fresh: bool, overrides: tuple[str, ...], debug: bool) -> None:
+    """Map a city: tiles to a GeoPackage of buildings. Run it again, and it goes on where it stopped."""
+    with _told(debug):
+        from .config import load_city
+        from .manifest import nothing_changed
+
+        config = load_city(city, overrides)
+        if not (dry_run or fresh) and (manifest := nothing_changed(config)) is not None:
+            folder = config.path(config.output)
+            click.echo(f"nothing has changed since {manifest['finished']}: nothing to do, the results are in {folder}")
+            return
+        from .progress import show_summary, terminal
+        from .run import dry_run as plan_only
+        from .run import map_city
+
+        if dry_run:
+            for label, text in plan_only(config):
+                click.echo(f"{label:>10}  {text}")
+            return
+        console = terminal()
+        published = map_city(config, console, scheduler, fresh)
+        show_summary(console, published.stages)
+        click.echo(
+            f"{published.buildings} buildings, {published.buildings_m2 / 1e4:.2f} ha, in {published.geopackage};"
+            f" report: {config.path(config.output) / 'report.html'}"
+        )
+
+
+@main.command()
+@click.argument("train", type=YAML_FILE)
+@_job_options
+def train(train: Path, overrides: tuple[str, ...], debug: bool) -> None:
+    """Train a network on labelled areas; the result is a model bundle that `run` takes."""
+    with _told(debug):
+        from .config import load_train
+        from .train import train as fit
+
+        fit(load_train(train, overrides))
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+@click.option("--truth", required=True, type=click.Path(path_type=Path), help="Mask raster or footprints.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def evaluate(run: Path, truth: Path, debug: bool) -> None:
+    """Compare the mask of a RUN with the truth: IoU, Dice, accuracy, precision, recall over valid pixels."""
+    with _told(debug):
+        from .evaluate import evaluate_run, evaluation_table
+
+        for name, value in evaluation_table(evaluate_run(run, truth)):
+            click.echo(f"{name:>12}  {value}")
+
+
+@main.command()
+@click.argument("directory", type=FOLDER)
+@click.option("--seed", default=7, show_default=True, help="Another seed, another city.")
+@click.option("--run", "run_it", is_flag=True, help="Map the city too, and compare the result with its truth.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def demo(directory: Path, seed: int, run_it: bool, debug: bool) -> None:
+    """Draw a demonstration city into a DIRECTORY: tiles, their true footprints, and a commented city.yaml."""
+    with _told(debug):
+        from .demo import write_demo
+
+        files = write_demo(directory, seed)
+        click.echo(
+            f"drew {files.buildings} buildings on {len(files.tiles)} tiles; to map them: segpipe run {files.config}"
+        )
+        if run_it:
+            context = click.get_current_context()
+            context.invoke(
+                run, city=files.config, scheduler=None, dry_run=False, fresh=False, overrides=(), debug=debug
+            )
+            context.invoke(evaluate, run=files.config.parent / "run", truth=files.truth, debug=debug)
+
+
+@main.group()
+def models() -> None:
+    """Model bundles: list, show, import."""
+
+
+@models.command("list")
+def models_list() -> None:
+    """The bundles that come with the package, and the networks that can be trained."""
+    with _told(False):
+        from segpipe.models.weights import packaged_bundles, read_card
+
+        for bundle in packaged_bundles():
+            card = read_card(bundle)
+            click.echo(f"{bundle.stem}: {card.architecture}, {card.resolution_m:g} m a pixel, {', '.join(card.bands)}")
+
+
+@models.command("show")
+@click.argument("bundle")
+def models_show(bundle: str) -> None:
+    """Print the card of a BUNDLE: a file, or the name of one in the package."""
+    with _told(False):
+        from segpipe.models.weights import read_card
+
+        from .plan import find_model
+
+        click.echo(read_card(find_model(bundle, Path.cwd())).model_dump_json(indent=2))
+
+
+@models.command("import")
+@click.argument("source", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("destination", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--architecture", required=True, help="Name of the network, for example unet11.")
+def models_import(source: Path, destination: Path, architecture: str) -> None:
+    """Make a bundle of a published checkpoint: an ImageNet encoder (.pth), or a TernausNet."""
+    with _told(False):
+        from segpipe.models.weights import BundleError, import_checkpoint
+        from segpipe.tasks.errors import UserError
+
+        try:
+            card = import_checkpoint(source, destination, architecture)
+        except BundleError as error:
+            raise UserError(str(error)) from None
+        click.echo(f"{destination}: {card.architecture}, halo of {card.halo_px} px")

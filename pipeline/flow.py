@@ -1,0 +1,292 @@
+"""Which task is next: blocks carried through scan, read, predict and vectorize with no barrier between the stages.
+
+A block is predicted as soon as the chunks under it and its halo are read, while others are still being read or are
+already vectorized. Only a window of blocks as wide as the pool's capacity is under way; of the rest nothing is held
+but a byte a chunk. What the ledger says is done is not done again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+from segpipe.tasks.errors import RunError, TileError
+from segpipe.tasks.grid import Window
+from segpipe.tasks.predict import reach
+from segpipe.tasks.read import file_stamp
+from segpipe.tasks.seams import Joins, plan_joins
+from segpipe.tasks.vectorize import sides_from_bytes
+
+from . import stages
+from .cluster import Outcome, Pool, Task
+from .plan import Plan, key_of
+from .progress import Listener
+from .stages import Site, cell_unit, scan_settings, tile_unit
+
+Block = tuple[int, int]
+Chunk = tuple[int, int]
+
+STAGES = ("scan", "read", "predict", "vectorize")
+_PRIORITY = {"vectorize": 0, "predict": 1, "read": 2, "scan": 3, "join": 0}
+_UNKNOWN, _DONE, _FAILED = 0, 1, 2
+GIVE_UP_AFTER = 10
+"""Failures without any success after which the rest is not tried: something is wrong everywhere."""
+
+
+class Flow:
+    """One pass over all blocks of a plan. skipped: tiles that cannot be read, and why; they count as invalid."""
+
+    def __init__(self, plan: Plan, pool: Pool, listener: Listener, skipped: dict[int, str]) -> None:
+        self._plan, self._pool, self._listener = plan, pool, listener
+        self._site = Site(plan)
+        self._skipped = dict(skipped)
+        self._digests: dict[int, str] = {}
+        grid = plan.layout.grid
+        self._origin = (grid.row_off // plan.chunk_px, grid.col_off // plan.chunk_px)
+        self._chunks = np.zeros((grid.height // plan.chunk_px, grid.width // plan.chunk_px), np.uint8)
+        self._failed_tiles: set[int] = set()
+        self._waiting: defaultdict[tuple[str, int | Chunk], list[Block]] = defaultdict(list)
+        self._missing: dict[Block, int] = {}
+        self._in_flight = 0
+        self._successes = 0
+        self.failures: list[tuple[str, str, BaseException]] = []
+        self.newly_skipped: dict[int, str] = {}
+        self._chunk_key = lru_cache(maxsize=8192)(self._key_of_chunk)
+
+    def run(self) -> None:
+        """Carry every block as far as it goes. What failed is in `failures`, tiles to be skipped in `newly_skipped`."""
+        blocks = self._plan.blocks()
+        more = True
+        while more or self._in_flight:
+            while more and self._in_flight < self._pool.capacity:
+                block = next(blocks, None)
+                more = block is not None and not self._hopeless()
+                if more and block is not None:
+                    self._admit(block)
+            if self._in_flight:
+                self._take(self._pool.next())
+
+    def _hopeless(self) -> bool:
+        return self._successes == 0 and len(self.failures) >= GIVE_UP_AFTER
+
+    # A block's way
+
+    def _admit(self, block: Block) -> None:
+        plan = self._plan
+        tiles = {t for chunk in self._chunks_under(block) for t in plan.tiles_in(Window.cell(*chunk, plan.chunk_px))}
+        wanted: list[tuple[str, int | Chunk]] = []
+        for tile in sorted(tiles - self._skipped.keys() - self._digests.keys()):
+            if tile in self._failed_tiles:
+                return
+            if not self._scan_is_known(tile):
+                wanted.append(("scan", tile))
+        self._missing[block] = 0
+        for unit in wanted:
+            self._want(unit, block)
+        if not self._missing.get(block, 1):
+            self._tiles_are_known(block)
+
+    def _tiles_are_known(self, block: Block) -> None:
+        del self._missing[block]
+        if any(tile in self.newly_skipped for tile in self._tiles_under(block)):
+            return
+        ledger, unit, key = self._site.ledger, cell_unit(*block), self._predict_key(block)
+        if ledger.done("vectorize", unit, self._vectorize_key(key)) is not None:
+            for stage in ("predict", "vectorize"):
+                self._listener.reused(stage)
+            return
+        if ledger.done("predict", unit, key) is not None:
+            self._listener.reused("predict")
+            self._submit("vectorize", (*block, self._vectorize_key(key)))
+            return
+        chunks = self._chunks_under(block)
+        if any(self._state(chunk) == _FAILED for chunk in chunks):
+            return
+        self._missing[block] = 0
+        for chunk in chunks:
+            if self._state(chunk) == _UNKNOWN and not self._read_is_known(chunk):
+                self._want(("read", chunk), block)
+        if not self._missing[block]:
+            self._chunks_are_read(block)
+
+    def _chunks_are_read(self, block: Block) -> None:
+        del self._missing[block]
+        self._submit("predict", (*block, self._predict_key(block)), gpu=True)
+
+    # Tiles and chunks, wanted by several blocks
+
+    def _want(self, unit: tuple[str, int | Chunk], block: Block) -> None:
+        self._missing[block] += 1
+        first = unit not in self._waiting
+        self._waiting[unit].append(block)
+        if first:
+            stage, index = unit
+            if isinstance(index, int):
+                self._submit(stage, (index,))
+            else:
+                tiles = tuple((t, self._digests[t]) for t in self._readable_tiles(index))
+                self._submit(stage, (*index, self._chunk_key(index), tiles))
+
+    def _scan_is_known(self, tile: int) -> bool:
+        entry = self._site.ledger.done("scan", tile_unit(self._plan, tile), scan_settings(self._plan, tile))
+        try:
+            known = entry is not None and list(entry["stamp"]) == list(file_stamp(self._plan.tiles[tile].path))
+        except TileError:
+            return False
+        if known and entry is not None:
+            self._digests[tile] = entry["digest"]
+            self._listener.reused("scan")
+        return known
+
+    def _read_is_known(self, chunk: Chunk) -> bool:
+        done = self._site.ledger.done("read", cell_unit(*chunk), self._chunk_key(chunk)) is not None
+        if done:
+            self._set(chunk, _DONE)
+            self._listener.reused("read")
+        return done
+
+    # Tasks
+
+    def _submit(self, stage: str, arguments: tuple[object, ...], gpu: bool = False) -> None:
+        self._in_flight += 1
+        self._pool.submit(Task(getattr(stages, stage), arguments, gpu, _PRIORITY[stage]))
+
+    def _take(self, outcome: Outcome) -> None:
+        self._in_flight -= 1
+        stage, arguments = outcome.task.stage.__name__, outcome.task.arguments
+        if outcome.receipt is None:
+            assert outcome.error is not None
+            self._failed(stage, arguments, outcome.error)
+            return
+        self._successes += 1
+        self._listener.done(outcome.receipt, outcome)
+        if stage == "scan":
+            self._digests[arguments[0]] = outcome.receipt.values["digest"]
+            self._release(("scan", arguments[0]), self._tiles_are_known)
+        elif stage == "read":
+            self._set(arguments[:2], _DONE)
+            self._release(("read", arguments[:2]), self._chunks_are_read)
+        elif stage == "predict":
+            self._submit("vectorize", (*arguments[:2], self._vectorize_key(arguments[2])))
+
+    def _release(self, unit: tuple[str, int | Chunk], go_on: Callable[[Block], None]) -> None:
+        for block in self._waiting.pop(unit):
+            if block in self._missing:
+                self._missing[block] -= 1
+                if not self._missing[block]:
+                    go_on(block)
+
+    def _failed(self, stage: str, arguments: tuple[object, ...], error: BaseException) -> None:
+        unit: tuple[str, int | Chunk]
+        if stage == "scan":
+            assert isinstance(arguments[0], int)
+            unit = ("scan", arguments[0])
+            self._failed_tiles.add(arguments[0])
+            name = self._plan.tiles[arguments[0]].path
+        else:
+            index = (int(str(arguments[0])), int(str(arguments[1])))
+            unit, name = (stage, index), cell_unit(*index)
+            if stage == "read":
+                self._set(index, _FAILED)
+        for block in self._waiting.pop(unit, ()):
+            self._missing.pop(block, None)
+        if isinstance(error, TileError) and self._plan.skip_bad_tiles:
+            tile = next(i for i, tile in enumerate(self._plan.tiles) if tile.path == error.path)
+            if tile not in self.newly_skipped:
+                self._listener.say(f"skipped: {error}; it counts as nodata")
+            self.newly_skipped[tile] = error.reason
+            return
+        self._listener.failed(stage, name, error)
+        self.failures.append((stage, name, error))
+
+    # Keys: from which inputs and settings a unit is made
+
+    def _key_of_chunk(self, chunk: Chunk) -> str:
+        plan, lattice = self._plan, self._plan.lattice
+        made_of = [(self._digests[t], scan_settings(plan, t)) for t in self._readable_tiles(chunk)]
+        place = (lattice.crs_wkt, lattice.pixel_size, lattice.phase_x, lattice.phase_y, plan.chunk_px, chunk)
+        return key_of(stages.VERSIONS["read"], place, made_of)
+
+    def _predict_key(self, block: Block) -> str:
+        plan = self._plan
+        chunks = [(chunk, self._chunk_key(chunk)) for chunk in self._chunks_under(block)]
+        return key_of(stages.VERSIONS["predict"], plan.model_digest, plan.recipe, block, chunks)
+
+    def _vectorize_key(self, predict_key: str) -> str:
+        return key_of(stages.VERSIONS["vectorize"], predict_key, self._plan.vector)
+
+    # Where things lie
+
+    def _chunks_under(self, block: Block) -> list[Chunk]:
+        plan = self._plan
+        return plan.chunks_in(reach(plan.core(*block), plan.recipe.halo_px, plan.card.stride))
+
+    def _tiles_under(self, block: Block) -> set[int]:
+        cells = (Window.cell(*chunk, self._plan.chunk_px) for chunk in self._chunks_under(block))
+        return {tile for cell in cells for tile in self._plan.tiles_in(cell)}
+
+    def _readable_tiles(self, chunk: Chunk) -> list[int]:
+        tiles = self._plan.tiles_in(Window.cell(*chunk, self._plan.chunk_px))
+        return [tile for tile in tiles if tile not in self._skipped]
+
+    def _state(self, chunk: Chunk) -> int:
+        return int(self._chunks[chunk[0] - self._origin[0], chunk[1] - self._origin[1]])
+
+    def _set(self, chunk: Chunk, state: int) -> None:
+        self._chunks[chunk[0] - self._origin[0], chunk[1] - self._origin[1]] = state
+
+
+def run_joins(plan: Plan, pool: Pool, listener: Listener) -> list[Block]:
+    """Unite the buildings that seams have cut; returns the blocks that are home of one. RunError if one fails."""
+    site = Site(plan)
+    blocks = list(plan.blocks())
+    joins = plan_joins(
+        [plan.core(*block) for block in blocks], lambda n: sides_from_bytes(stages.read_fragment(site, *blocks[n]))
+    )
+    homes = np.unique(joins.home).tolist()
+    listener.expect("join", len(homes))
+    failures: list[tuple[str, BaseException]] = []
+    waiting = iter(homes)
+    in_flight, more = 0, True
+    while more or in_flight:
+        while more and in_flight < pool.capacity:
+            home = next(waiting, None)
+            more = home is not None
+            if home is not None and (task := _join_task(site, blocks, joins.at(home), home)) is not None:
+                pool.submit(task)
+                in_flight += 1
+            elif home is not None:
+                listener.reused("join")
+        if in_flight:
+            outcome = pool.next()
+            in_flight -= 1
+            if outcome.receipt is not None:
+                listener.done(outcome.receipt, outcome)
+            elif outcome.error is not None:
+                unit = cell_unit(*outcome.task.arguments[:2])
+                listener.failed("join", unit, outcome.error)
+                failures.append((unit, outcome.error))
+    if failures:
+        raise RunError(f"joining at block {failures[0][0]}: {failures[0][1]}")
+    return [blocks[home] for home in homes]
+
+
+def _join_task(site: Site, blocks: list[Block], joins: Joins, home: int) -> Task | None:
+    """The task of one home block, None if it is done."""
+    members = np.unique(joins.block).tolist()
+    pieces = [(cell_unit(*blocks[n]), _key(site, "vectorize", blocks[n])) for n in members]
+    numbers = (joins.building - joins.building[0], np.searchsorted(members, joins.block), joins.label)
+    key = key_of(stages.VERSIONS["join"], pieces, [n.tolist() for n in numbers])
+    if site.ledger.done("join", cell_unit(*blocks[home]), key) is not None:
+        return None
+    local = type(joins)(joins.home, joins.building, np.searchsorted(members, joins.block).astype(np.int32), joins.label)
+    arguments = (*blocks[home], key, local, tuple(blocks[n] for n in members))
+    return Task(stages.join, arguments, False, _PRIORITY["join"])
+
+
+def _key(site: Site, stage: str, block: Block) -> str:
+    entry = site.ledger.entry(stage, cell_unit(*block))
+    assert entry is not None
+    return str(entry["key"])

@@ -1,0 +1,551 @@
+"""Config and tile headers to a plan: lattice, grid, blocks, halo, recipe, memory, disk. All checked before any work."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import shapely
+from affine import Affine
+from pyproj import CRS
+from pyproj.exceptions import CRSError
+from segpipe.models.weights import BundleError, Card, file_digest, read_card, resolve_bundle
+from segpipe.tasks.errors import UserError
+from segpipe.tasks.grid import Lattice, Window
+from segpipe.tasks.predict import reach
+from segpipe.tasks.read import Tile, TileHeader, read_header
+from segpipe.tasks.validity import min_pixels, resolve_tolerance
+from segpipe.tasks.vectorize import VectorSettings
+
+from .config import CityConfig, ClusterConfig
+from .inputs import find_images
+from .store import Layout
+
+TOLERANCE_PX = 1e-3
+"""How far a tile's corners may lie off the lattice, in pixels."""
+LARGEST_AUTO_BLOCK_PX = 4096
+LARGEST_AUTO_HALO_PX = 320
+WORKER_BASE_BYTES = 900 * 2**20
+"""A worker before its first window: libraries, network, GDAL's cache."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Worker processes, threads of torch in each, and the memory that each may use."""
+
+    count: int
+    threads: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a number depends on besides pixels and weights. Part of what "done" means."""
+
+    device: str
+    precision: str
+    mode: str
+    threads: int
+    torch: str
+    block_px: int
+    halo_px: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run is going to do, decided. Workers get it whole; it holds no pixels and no network."""
+
+    name: str
+    output: Path
+    tiles: tuple[Tile, ...]
+    headers: tuple[TileHeader, ...] = field(repr=False)
+    layout: Layout
+    bounds: Window
+    nodata_min_m2: float
+    skip_bad_tiles: bool
+    model: Path
+    model_digest: str
+    card: Card
+    recipe: Recipe
+    vector: VectorSettings
+    workers: Workers
+    task_bytes: int
+    left_out: dict[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def lattice(self) -> Lattice:
+        """The absolute pixel lattice."""
+        return self.layout.lattice
+
+    @property
+    def chunk_px(self) -> int:
+        """Side of a chunk."""
+        return self.layout.chunk_px
+
+    @property
+    def block_px(self) -> int:
+        """Side of a block's core."""
+        return self.recipe.block_px
+
+    def core(self, row: int, col: int) -> Window:
+        """The core of the block with absolute index (row, col)."""
+        return Window.cell(row, col, self.block_px)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Blocks that meet a tile, by absolute index, row by row."""
+        return self._cells(self.block_px)
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Chunks that meet a tile, by absolute index, row by row."""
+        return self._cells(self.chunk_px)
+
+    def chunks_in(self, window: Window) -> list[tuple[int, int]]:
+        """Chunks that meet a window and a tile, row by row."""
+        return [
+            cell
+            for cell in window.intersect(self.layout.grid).cells(self.chunk_px)
+            if self.tiles_in(Window.cell(*cell, self.chunk_px))
+        ]
+
+    def tiles_in(self, window: Window) -> list[int]:
+        """Indices of the tiles that a window meets, in the order of the list."""
+        found = self._index.query(_box(window))
+        return sorted(int(i) for i in found if self.tiles[i].window.intersect(window).pixels)
+
+    def min_nodata_pixels(self, tile: int) -> int:
+        """The least pixels of a nodata patch, at the tile's own ground resolution."""
+        return min_pixels(self.nodata_min_m2, ground_pixel_m(self.lattice, self.tiles[tile].window) ** 2)
+
+    def _cells(self, step: int) -> Iterator[tuple[int, int]]:
+        return (cell for cell in self.layout.grid.cells(step) if self.tiles_in(Window.cell(*cell, step)))
+
+    @cached_property
+    def _index(self) -> shapely.STRtree:
+        return shapely.STRtree([_box(tile.window) for tile in self.tiles])
+
+
+def _box(window: Window) -> shapely.Polygon:
+    return shapely.box(window.col_off, window.row_off, window.col_stop, window.row_stop)
+
+
+def ground_pixel_m(lattice: Lattice, window: Window) -> float:
+    """Ground metres of a pixel at the centre of a window."""
+    row, col = window.row_off + window.height / 2, window.col_off + window.width / 2
+    return float(lattice.ground_pixel_m(np.array([row]), np.array([col]))[0])
+
+
+def make_plan(config: CityConfig, stored: dict[str, Any] | None = None) -> Plan:
+    """Decide everything and check it. stored: what an earlier run in this folder has settled (lattice, block_px).
+
+    Raises UserError, with what was found, what was expected and the cure, for anything that cannot be run.
+    """
+    stored = stored or {}
+    output = check_output(config.path(config.output))
+    model = find_model(config.model, config.file.parent)
+    card = _card(model)
+    headers, left_out = read_headers(find_images(config.images, config), skip=config.on_tile_error == "skip")
+    _check_bands(config, headers, card)
+    lattice = place_lattice(headers, config.images_crs, stored.get("lattice"))
+    tiles = tuple(
+        place_tile(header, lattice, config.bands, config.nodata, config.nodata_tolerance) for header in headers
+    )
+    _check_resolution(headers, tiles, lattice, card)
+    bounds = tiles[0].window
+    for tile in tiles[1:]:
+        bounds = bounds.union(tile.window)
+    layout = Layout(lattice, bounds.snap(config.grid.chunk_px), config.grid.chunk_px, len(config.bands))
+    workers = resolve_workers(config.cluster)
+    halo_px, notes = _resolve_halo(config, card)
+    recipe, task_bytes = _resolve_recipe(config, card, halo_px, layout, workers, stored.get("block_px"))
+    _check_disk(output, tiles, len(config.bands))
+    threshold = config.vectorize.threshold if config.vectorize.threshold is not None else card.threshold
+    return Plan(
+        name=config.name,
+        output=output,
+        tiles=tiles,
+        headers=headers,
+        layout=layout,
+        bounds=bounds,
+        nodata_min_m2=config.nodata_min_m2,
+        skip_bad_tiles=config.on_tile_error == "skip",
+        model=model,
+        model_digest=file_digest(model),
+        card=card,
+        recipe=recipe,
+        vector=VectorSettings(
+            threshold_u8=max(1, math.ceil(round(250 * threshold, 9))),
+            min_area_m2=config.vectorize.min_area_m2,
+            fill_holes_m2=config.vectorize.fill_holes_m2,
+            simplify_m=config.vectorize.simplify_m,
+        ),
+        workers=workers,
+        task_bytes=task_bytes,
+        left_out=left_out,
+        notes=tuple(notes),
+    )
+
+
+def read_headers(paths: Sequence[Path], skip: bool) -> tuple[tuple[TileHeader, ...], dict[str, str]]:
+    """Headers of the tiles, and, if they are to be skipped, paths that cannot be read with the reason.
+
+    UserError for a tile that cannot be read, or for all of them.
+    """
+    headers: list[TileHeader] = []
+    left_out: dict[str, str] = {}
+    for path in paths:
+        try:
+            header = read_header(str(path))
+            if header.missing_bytes:
+                raise UserError(
+                    f"{path}: truncated, {header.missing_bytes:,} bytes are missing at its end; expected a whole file;"
+                    " cure: copy it again, or `on_tile_error: skip`"
+                )
+        except UserError as error:
+            if not skip or len(left_out) == len(paths) - 1:
+                raise
+            left_out[str(path)] = str(error)
+        else:
+            headers.append(header)
+    return tuple(headers), left_out
+
+
+def check_output(path: Path) -> Path:
+    """The output folder, if it exists and can be written or can be made."""
+    nearest = next(p for p in (path, *path.parents) if p.exists())
+    if not nearest.is_dir():
+        raise UserError(f"output: {nearest} is a file; expected a folder, or a path that can become one")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"output: {nearest} is not writable; expected a folder in which {path.name} can be written")
+    return path
+
+
+def find_model(name: str, base: Path) -> Path:
+    """The file of a model bundle: a path relative to base, or the name of a bundle in the package."""
+    try:
+        return resolve_bundle(name, base)
+    except BundleError as error:
+        raise UserError(f"model: {error}") from None
+
+
+def _card(model: Path) -> Card:
+    try:
+        return read_card(model)
+    except BundleError as error:
+        raise UserError(f"model: {error}") from None
+
+
+def place_lattice(
+    headers: Sequence[TileHeader], images_crs: str | None, stored: dict[str, Any] | None = None
+) -> Lattice:
+    """The lattice that all tiles share; its phase is the first tile's, or the stored one of the first run.
+
+    Refuses tiles without CRS, of different CRSs, in degrees, rotated, or of different pixel sizes.
+    """
+    first = headers[0]
+    crs = _tile_crs(first, images_crs)
+    for header in headers[1:]:
+        other = _tile_crs(header, images_crs)
+        if other != crs:
+            raise UserError(
+                f"{header.path}: CRS {_crs_name(other)}, but {first.path} has {_crs_name(crs)}; expected one CRS;"
+                f" cure: gdalwarp -t_srs {_crs_name(crs)}, or leave the tile out of `images:`"
+            )
+    if not crs.is_projected:
+        zone = _utm(headers, crs)
+        raise UserError(
+            f"{first.path}: CRS {_crs_name(crs)} is not in metres; expected a projected one;"
+            f" cure: gdalwarp -t_srs {zone} -r bilinear, tile by tile, and name the results in `images:`"
+        )
+    size = first.transform[0]
+    for header in headers:
+        a, b, _, d, e, _ = header.transform
+        if b or d or e >= 0 or abs(a + e) > 1e-9 * a:
+            raise UserError(
+                f"{header.path}: pixels of {a} x {e} with rotation {b}, {d}; expected square ones, north up;"
+                " cure: gdalwarp without further options"
+            )
+        if abs(a - size) * max(header.width, header.height) > TOLERANCE_PX * size:
+            raise UserError(
+                f"{header.path}: {a:g} per pixel, but {first.path} has {size:g}; expected one resolution;"
+                f" cure: gdalwarp -tr {size:g} {size:g} -r average, or leave the tile out of `images:`"
+            )
+    if stored is not None:
+        known = Lattice(crs.to_wkt(), stored["pixel_size"], stored["phase_x"], stored["phase_y"])
+        if CRS.from_wkt(stored["crs_wkt"]) == crs and known.pixel_size == size:
+            return known
+    return Lattice(crs.to_wkt(), size, first.transform[2] % size, first.transform[5] % size)
+
+
+def _tile_crs(header: TileHeader, images_crs: str | None) -> CRS:
+    text = header.crs_wkt or images_crs
+    if text is None:
+        raise UserError(
+            f"{header.path}: no CRS; expected one in the file; cure: `images_crs: EPSG:…` in the YAML,"
+            " if you know which one it is"
+        )
+    try:
+        return CRS.from_user_input(text)
+    except CRSError:
+        raise UserError(f"images_crs: {text} is not a CRS; expected for example EPSG:32633") from None
+
+
+def _crs_name(crs: CRS) -> str:
+    authority = crs.to_authority()
+    return ":".join(authority) if authority else str(crs.name)
+
+
+def _utm(headers: Sequence[TileHeader], crs: CRS) -> str:
+    corner = Affine(*headers[0].transform) * (headers[0].width / 2, headers[0].height / 2)
+    if not crs.is_geographic or not (-180 <= corner[0] <= 180 and -80 <= corner[1] <= 84):
+        return "EPSG:…"
+    return f"EPSG:{(32600 if corner[1] >= 0 else 32700) + int((corner[0] + 180) // 6) % 60 + 1}"
+
+
+def place_tile(
+    header: TileHeader,
+    lattice: Lattice,
+    bands: tuple[int, ...],
+    nodata: tuple[float, ...] | None,
+    tolerance: float | str,
+) -> Tile:
+    """A tile's place on the lattice. Refuses one that lies off it by more than 1/1000 px."""
+    size = lattice.pixel_size
+    col, row = (header.transform[2] - lattice.phase_x) / size, (lattice.phase_y - header.transform[5]) / size
+    off = max(abs(col - round(col)), abs(row - round(row)))
+    if off > TOLERANCE_PX:
+        raise UserError(
+            f"{header.path}: lies {off:.3f} px off the lattice of the first tile; expected at most {TOLERANCE_PX};"
+            f" cure: gdalwarp -tap -tr {size:g} {size:g} on all tiles, or leave this one out of `images:`"
+        )
+    own = () if header.nodata is None else (header.nodata,)
+    return Tile(
+        path=header.path,
+        window=Window(round(row), round(col), header.height, header.width),
+        bands=bands,
+        nodata=own if nodata is None else nodata,
+        tolerance=resolve_tolerance("auto" if tolerance == "auto" else float(tolerance), header),
+        mask=header.mask,
+    )
+
+
+def _check_bands(config: CityConfig, headers: Sequence[TileHeader], card: Card) -> None:
+    first = headers[0]
+    if len(config.bands) != len(card.bands):
+        raise UserError(
+            f"bands: {list(config.bands)}, but the model {config.model} takes {len(card.bands)}"
+            f" ({', '.join(card.bands)}); expected as many"
+        )
+    for header in headers:
+        if header.bands != first.bands:
+            raise UserError(
+                f"{header.path}: {header.bands} bands, but {first.path} has {first.bands}; expected tiles of one kind;"
+                " cure: gdal_translate -b 1 -b 2 -b 3, or leave the tile out of `images:`"
+            )
+        if max(config.bands) > header.bands:
+            raise UserError(
+                f"{header.path}: {header.bands} bands; expected band {max(config.bands)} too, which `bands:"
+                f" {list(config.bands)}` names; cure: `bands: {list(range(1, header.bands + 1))}` and a model for them"
+            )
+        if header.dtype != card.dtype:
+            raise UserError(
+                f"{header.path}: samples of type {header.dtype}; expected {card.dtype}, which the model was trained on;"
+                " cure: gdal_translate -ot Byte -scale"
+            )
+
+
+def _check_resolution(headers: Sequence[TileHeader], tiles: Sequence[Tile], lattice: Lattice, card: Card) -> None:
+    low, high = card.resolution_range_m
+    for header, tile in zip(headers, tiles, strict=True):
+        metres = ground_pixel_m(lattice, tile.window)
+        if not low * 0.999 <= metres <= high * 1.001:
+            raise UserError(
+                f"{header.path}: {metres:.3g} m a pixel on the ground; expected {low:g} to {high:g} m, which the model"
+                f" was trained for; cure: gdalwarp -tr {card.resolution_m:g} {card.resolution_m:g} -r average on the"
+                " tiles, or another `model:`"
+            )
+
+
+def resolve_workers(config: ClusterConfig) -> Workers:
+    """Workers, threads and memory from the configuration and the machine (what it has, not what happens to be free)."""
+    cores = os.cpu_count() or 1
+    count = config.workers if config.workers != "auto" else max(1, cores // 8)
+    threads = config.threads if config.threads != "auto" else max(1, cores // count)
+    if config.memory == "auto":
+        total = int(psutil.virtual_memory().total * 0.8)
+    else:
+        unit = config.memory.lstrip("0123456789. ")
+        number = float(config.memory.removesuffix(unit))
+        total = int(number * {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}[unit])
+    return Workers(count, threads, total // count)
+
+
+def _resolve_halo(config: CityConfig, card: Card) -> tuple[int, list[str]]:
+    asked = config.predict.halo
+    if isinstance(asked, int):
+        note = f"halo of {asked} px is less than the exact {card.halo_px} px: results depend on the block size"
+        return asked, [note] if asked < card.halo_px else []
+    if asked == "exact" or card.halo_px <= LARGEST_AUTO_HALO_PX:
+        return card.halo_px, []
+    if card.effective_halo_px is None:
+        return card.halo_px, [f"the exact halo of {card.halo_px} px is used: no effective one was measured in training"]
+    note = f"effective halo of {card.effective_halo_px} px (exact: {card.halo_px}): results depend on the block size"
+    return card.effective_halo_px, [note]
+
+
+def _resolve_recipe(
+    config: CityConfig, card: Card, halo_px: int, layout: Layout, workers: Workers, stored_block_px: int | None
+) -> tuple[Recipe, int]:
+    """The recipe, and the bytes that one predict task takes with it."""
+    import torch
+    from segpipe.models.field import peak_bytes_per_px
+    from segpipe.models.networks import build_network
+    from segpipe.models.predictor import device_recipe, fast_bfloat16, resolve_device
+
+    device = resolve_device()
+    precision = config.predict.precision
+    if precision == "auto":
+        precision = "bfloat16" if fast_bfloat16(device) else "float32"
+    per_px = peak_bytes_per_px(build_network(card.architecture, **card.arguments), getattr(torch, precision))
+    step = math.lcm(layout.chunk_px, card.stride)
+
+    def task_bytes(block_px: int) -> int:
+        # Image and valid as uint8, the normalised image in float32, the activations, the probabilities.
+        return WORKER_BASE_BYTES + int((block_px + 2 * halo_px) ** 2 * (per_px + 5 * layout.bands + 8))
+
+    if isinstance(config.grid.block_px, int):
+        block_px = config.grid.block_px
+        if block_px % step:
+            raise UserError(
+                f"grid.block_px: {block_px}; expected a multiple of {step} (whole chunks of {layout.chunk_px} px and"
+                f" the network's stride of {card.stride} px)"
+            )
+    elif stored_block_px is not None and stored_block_px % step == 0:
+        block_px = stored_block_px
+    else:
+        block_px = step
+        largest = max(LARGEST_AUTO_BLOCK_PX, step)
+        while block_px + step <= largest and task_bytes(block_px + step) <= workers.memory_bytes // 2:
+            block_px += step
+        while block_px > step and sum(1 for _ in layout.grid.cells(block_px)) < workers.count:
+            block_px -= step
+    if task_bytes(block_px) > workers.memory_bytes:
+        raise UserError(
+            f"cluster.memory: {workers.memory_bytes / 2**30:.1f} GiB a worker, but a block of {block_px} px with a halo"
+            f" of {halo_px} px takes {task_bytes(block_px) / 2**30:.1f} GiB; cure: a smaller `grid: {{block_px: …}}`,"
+            f" fewer `cluster: {{workers: …}}`, or more memory"
+        )
+    kind = device_recipe(device)
+    recipe = Recipe(kind["device"], precision, "eager", workers.threads, kind["torch"], block_px, halo_px)
+    return recipe, task_bytes(block_px)
+
+
+def describe(plan: Plan) -> list[tuple[str, str]]:
+    """The plan as labelled lines, for a person."""
+    lattice, grid, bounds = plan.lattice, plan.layout.grid, plan.bounds
+    chunks, blocks = sum(1 for _ in plan.chunks()), sum(1 for _ in plan.blocks())
+    metres = ground_pixel_m(lattice, bounds)
+    core_px, seen_px = _pixels_seen(plan)
+    nodata = sorted({(tile.nodata, tile.tolerance, tile.mask) for tile in plan.tiles})
+    rule = "; ".join(
+        f"{' or '.join(f'{v:g}' for v in values)} within {tolerance:g}" if values else f"mask: {mask}"
+        for values, tolerance, mask in nodata
+    )
+    recipe = plan.recipe
+    rows = [
+        ("city", f"{plan.name}, into {plan.output}"),
+        (
+            "tiles",
+            f"{len(plan.tiles)}, {bounds.width} x {bounds.height} px in all, {metres:.3f} m a pixel on the ground",
+        ),
+        (
+            "lattice",
+            f"{_crs_name(CRS.from_wkt(lattice.crs_wkt))}, pixel {lattice.pixel_size:g}, phase"
+            f" {lattice.phase_x:.6g}, {lattice.phase_y:.6g}",
+        ),
+        ("nodata", f"{rule}, in patches of at least {plan.nodata_min_m2:g} m2 or along a tile's edge"),
+        (
+            "grid",
+            f"{grid.width} x {grid.height} px; {chunks} chunks of {plan.chunk_px} px, {blocks} blocks of"
+            f" {plan.block_px} px",
+        ),
+        ("model", f"{plan.model.stem}, {plan.card.architecture}, threshold {plan.vector.threshold_u8}/250"),
+        ("halo", f"{recipe.halo_px} px: {100 * (seen_px / core_px - 1):.0f} % more pixels than the tiles have"),
+        (
+            "recipe",
+            f"{recipe.device}, {recipe.precision}, {recipe.mode}, {recipe.threads} threads, torch {recipe.torch}",
+        ),
+        (
+            "workers",
+            f"{plan.workers.count} with {plan.workers.memory_bytes / 2**30:.1f} GiB each; a task takes up to"
+            f" {plan.task_bytes / 2**30:.1f} GiB",
+        ),
+        (
+            "disk",
+            f"up to {disk_bytes(plan.tiles, plan.layout.bands) / 2**30:.2f} GiB in about"
+            f" {4 * chunks + 4 * blocks + 30} files",
+        ),
+    ]
+    rows += [("left out", reason) for reason in plan.left_out.values()]
+    return rows + [("note", note) for note in plan.notes]
+
+
+def _pixels_seen(plan: Plan) -> tuple[int, int]:
+    """Pixels of cores and of their windows, as if all pixels of the tiles' bounds were valid."""
+    core_px = seen_px = 0
+    for block in plan.blocks():
+        core = plan.core(*block)
+        parts = [plan.tiles[tile].window.intersect(core) for tile in plan.tiles_in(core)]
+        box = parts[0]
+        for part in parts[1:]:
+            box = box.union(part)
+        core_px += box.pixels
+        seen_px += reach(box, plan.recipe.halo_px, plan.card.stride).pixels
+    return core_px, seen_px
+
+
+def seconds_of(plan: Plan) -> float:
+    """Seconds of network on one worker that a city takes, from one timed window of about 1024 px."""
+    import time
+
+    from .stages import load_predictor
+
+    side = min(plan.block_px + 2 * plan.recipe.halo_px, 1024) // plan.card.stride * plan.card.stride
+    image = np.random.default_rng(0).integers(0, 255, (plan.layout.bands, side, side), np.uint8)
+    predictor = load_predictor(plan)
+    valid = np.ones((side, side), np.bool_)
+    predictor.predict(image[:, : side // 2], valid[: side // 2])
+    start = time.perf_counter()
+    predictor.predict(image, valid)
+    return (time.perf_counter() - start) / side**2 * _pixels_seen(plan)[1] / plan.workers.count
+
+
+def _check_disk(output: Path, tiles: Sequence[Tile], bands: int) -> None:
+    needed = disk_bytes(tiles, bands)
+    nearest = next(p for p in (output, *output.parents) if p.exists())
+    have = shutil.disk_usage(nearest).free
+    kept = sum(p.stat().st_size for p in (output / "store.zarr").rglob("*") if p.is_file())
+    if needed > have + kept:
+        raise UserError(
+            f"output: {have / 2**30:.2f} GiB free at {nearest}; expected {needed / 2**30:.2f} GiB for this city;"
+            " cure: another `output:`"
+        )
+
+
+def disk_bytes(tiles: Sequence[Tile], bands: int) -> int:
+    """An upper estimate of what a run folder takes: image, valid, probability, and the two rasters with overviews."""
+    return int(sum(tile.window.pixels for tile in tiles) * (bands + 0.6)) + 16 * 2**20
+
+
+def key_of(*parts: object) -> str:
+    """A short digest of values whose text says all about them: the key of a unit of work in the ledger."""
+    return blake2b(repr(parts).encode(), digest_size=16).hexdigest()

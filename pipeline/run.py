@@ -1,0 +1,310 @@
+"""The story of inference, top to bottom: plan, read, predict, merge, vectorize, publish."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from rich.console import Console
+from segpipe.tasks.errors import RunError, UserError
+from segpipe.tasks.grid import Window
+from segpipe.tasks.predict import INVALID
+from segpipe.tasks.validity import scan_tile
+from segpipe.tasks.vectorize import Buildings, finished_from_bytes, mask_of, publishable
+
+from . import manifest, publish
+from .cluster import Pool, open_pool
+from .config import CityConfig
+from .flow import Block, Flow, run_joins
+from .plan import Plan, describe, ground_pixel_m, make_plan, seconds_of
+from .progress import Listener, StageSums, watching
+from .stages import Receipt, Site, read_fragment, read_joined, read_probability, tile_unit
+from .store import Store, locked, prepare_store, remove_leftovers, write_bytes, write_json
+
+SETTLED = "settled.json"
+ORDER_CELL_PX = 4096
+"""Buildings are published cell by cell of the lattice, row by row, and in a cell by first pixel: whatever the cut."""
+BATCH_ROWS = 50_000
+LOOKED_AT = 40
+"""Tiles at most that a dry run reads."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a run has published. validity: invalid pixels by reason; skipped: tiles that could not be read, and why."""
+
+    geopackage: Path
+    rows_digest: str
+    buildings: int
+    buildings_m2: float
+    mask_px: int
+    valid_px: int
+    validity: dict[str, int]
+    skipped: dict[str, str]
+    stages: dict[str, StageSums]
+
+
+def map_city(config: CityConfig, console: Console, scheduler: str | None = None, fresh: bool = False) -> Published:
+    """Map a city, going on where an earlier run has stopped, or starting over if fresh.
+
+    Raises UserError before any work where the plan cannot be run or somebody else is at work in the folder, and
+    RunError where a part failed: what is done is kept, and running again goes on from there.
+    """
+    state = manifest.state_of_inputs(config)
+    output = config.path(config.output)
+    plan = make_plan(config, stored=None if fresh else read_settled(output))
+    make_output(output)
+    with locked(output), watching(output, console) as listener:
+        for label, text in describe(plan):
+            listener.say(f"{label:>10}  {text}")
+        if fresh:
+            start_over(output)
+        remove_leftovers(output)
+        write_json(output / SETTLED, {"lattice": asdict(plan.lattice), "block_px": plan.block_px})
+        prepare_store(output, plan.layout)
+        published = run_plan(config, plan, listener, scheduler)
+        manifest.write_manifest(config, plan, state, published, listener.stages)
+        drop_store(config, plan)
+    return published
+
+
+def dry_run(config: CityConfig) -> list[tuple[str, str]]:
+    """The plan of a city as labelled lines, with the area that is invalid and the seconds from one timed window.
+
+    Writes nothing. Of many tiles only some are looked at for validity, evenly spread over the list.
+    """
+    plan = make_plan(config, stored=read_settled(config.path(config.output)))
+    rows = describe(plan)
+    step = -(-len(plan.tiles) // LOOKED_AT)
+    looked = range(0, len(plan.tiles), step)
+    reasons: Counter[str] = Counter()
+    for tile in looked:
+        it = plan.tiles[tile]
+        if it.nodata or it.mask != "none":
+            scan = scan_tile(it, plan.min_nodata_pixels(tile), lambda window, mask: None)
+            reasons.update(scan.by_reason)
+    of = "" if step == 1 else f" (estimated from {len(looked)} of {len(plan.tiles)} tiles)"
+    m2 = ground_pixel_m(plan.lattice, plan.bounds) ** 2 * step
+    found = [f"{reason}: {pixels * m2:,.0f} m2" for reason, pixels in sorted(reasons.items()) if pixels]
+    rows.append(("invalid", (", ".join(found) or "nothing") + of))
+    rows.append(("seconds", f"about {seconds_of(plan):,.0f} of predicting, from one timed window"))
+    return rows
+
+
+def make_output(folder: Path) -> None:
+    """Make the output folder. UserError where that is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: {folder} cannot be made: {error.strerror}; expected a folder to write to") from None
+
+
+def read_settled(folder: Path) -> dict[str, Any] | None:
+    """What the first run in a folder has settled for all later ones: the lattice's phase and the block size."""
+    try:
+        settled: dict[str, Any] = json.loads((folder / SETTLED).read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+    return settled
+
+
+def start_over(folder: Path) -> None:
+    """Delete what earlier runs have kept. Published files stay until new ones take their place."""
+    manifest.revoke(folder)
+    for name in (SETTLED, "tasks.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("ledger", "store.zarr", "fragments", "validity"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def run_plan(config: CityConfig, plan: Plan, listener: Listener, scheduler: str | None) -> Published:
+    """All stages of a plan: read, predict and vectorize block by block, join over seams, publish."""
+    listener.expect("scan", len(plan.tiles))
+    listener.expect("read", sum(1 for _ in plan.chunks()))
+    for stage in ("predict", "vectorize"):
+        listener.expect(stage, sum(1 for _ in plan.blocks()))
+    with open_pool(plan, scheduler) as pool:
+        if pool.dashboard:
+            listener.say(f"{'dashboard':>10}  {pool.dashboard}")
+        with listener.showing():
+            skipped = carry_all(plan, pool, listener)
+            homes = run_joins(plan, pool, listener)
+    return publish_all(config, plan, listener, homes, skipped)
+
+
+def carry_all(plan: Plan, pool: Pool, listener: Listener) -> dict[int, str]:
+    """Carry all blocks up to their fragments; returns the tiles that were skipped, and why.
+
+    A tile that cannot be read in the middle of a run makes its chunks and the blocks that saw it stale, whether it is
+    to be skipped or repaired: their keys no longer hold, so another pass does just them.
+    """
+    skipped: dict[int, str] = {}
+    while True:
+        flow = Flow(plan, pool, listener, skipped)
+        flow.run()
+        if flow.failures:
+            raise RunError(_told(flow.failures))
+        if not flow.newly_skipped:
+            return skipped
+        skipped |= flow.newly_skipped
+
+
+def _told(failures: list[tuple[str, str, BaseException]]) -> str:
+    """One line for all failures: each different cause once."""
+    causes = Counter(f"{error}" or type(error).__name__ for _, _, error in failures)
+    (first, count), *rest = causes.most_common()
+    stage, unit, _ = failures[0]
+    more = f" ({count} tasks)" if count > 1 else ""
+    others = "".join(f"; {cause}" for cause, _ in rest[:4])
+    return (
+        f"{stage} {unit} failed: {first}{more}{others}; all else is done and kept; run the same command again to go on"
+    )
+
+
+def publish_all(
+    config: CityConfig, plan: Plan, listener: Listener, homes: list[Block], skipped: dict[int, str]
+) -> Published:
+    """Write GeoPackage, rasters, preview and report beside, check them, and rename them into place."""
+    start = time.perf_counter()
+    listener.expect("publish", 1)
+    write_bytes(plan.output / "city.yaml", config.resolved_yaml().encode())
+    site, folder = Site(plan), plan.output
+    threshold_u8 = plan.vector.threshold_u8
+    mask_px = valid_px = 0
+
+    def read_mask(window: Window) -> NDArray[np.uint8]:
+        nonlocal mask_px, valid_px
+        prob_HW = read_probability(site, window)
+        mask_HW = mask_of(prob_HW, threshold_u8)
+        mask_px += int(np.count_nonzero(mask_HW))
+        valid_px += int(np.count_nonzero(prob_HW != INVALID))
+        return np.where(prob_HW == INVALID, np.uint8(INVALID), mask_HW.astype(np.uint8))
+
+    geopackage = publish.partial_path(folder / "buildings.gpkg")
+    area = _Sum()
+    written = publish.write_geopackage(geopackage, area.of(batches_in_order(site, homes)), plan.lattice.crs_wkt)
+    block_px = min(plan.block_px, ORDER_CELL_PX)
+    publish.write_cog(folder / "mask.tif", read_mask, plan.bounds, plan.lattice, resampling="mode", block_px=block_px)
+    publish.write_cog(
+        folder / "probability.tif",
+        lambda window: read_probability(site, window),
+        plan.bounds,
+        plan.lattice,
+        resampling="average",
+        block_px=block_px,
+    )
+    placed = publish.place_geopackage(geopackage, folder, manifest.revoke(folder, written.digest))
+    if placed.name != "buildings.gpkg":
+        listener.say(f"buildings.gpkg was changed since it was published, and is left alone; the new one is {placed}")
+    seconds = time.perf_counter() - start
+    listener.done(Receipt("publish", plan.name, plan.bounds.pixels, placed.stat().st_size, seconds, {}))
+    return Published(
+        geopackage=placed,
+        rows_digest=written.digest,
+        buildings=written.features,
+        buildings_m2=area.total,
+        mask_px=mask_px,
+        valid_px=valid_px,
+        validity=_validity(site, skipped),
+        skipped={plan.tiles[tile].path: reason for tile, reason in skipped.items()},
+        stages=listener.stages,
+    )
+
+
+class _Sum:
+    """The sum of a column of batches on their way."""
+
+    total = 0.0
+
+    def of(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            self.total += float(np.asarray(batch.column("area_m2")).sum())
+            yield batch
+
+
+def _validity(site: Site, skipped: dict[int, str]) -> dict[str, int]:
+    """Pixels found invalid in the tiles, by reason."""
+    reasons: Counter[str] = Counter()
+    for tile, it in enumerate(site.plan.tiles):
+        if tile in skipped:
+            reasons["tile skipped"] += it.window.pixels
+        elif (entry := site.ledger.entry("scan", tile_unit(site.plan, tile))) is not None:
+            reasons.update(entry["by_reason"])
+    return {reason: pixels for reason, pixels in sorted(reasons.items()) if pixels}
+
+
+def batches_in_order(site: Site, homes: list[Block]) -> Iterator[pa.RecordBatch]:
+    """All buildings in the order of the lattice, ready to be published, in batches of at most 50,000 rows.
+
+    At most the buildings of the blocks under one cell of the order are held.
+    """
+    plan = site.plan
+    home_set = set(homes)
+    cache: OrderedDict[Block, Buildings] = OrderedDict()
+    blocks_per_cell = (-(-ORDER_CELL_PX // plan.block_px) + 1) ** 2
+
+    def of_block(block: Block) -> Buildings:
+        if block not in cache:
+            parts = [finished_from_bytes(read_fragment(site, *block))]
+            if block in home_set:
+                parts.append(read_joined(site, *block))
+            cache[block] = Buildings.concatenate(parts)
+            if len(cache) > blocks_per_cell:
+                cache.popitem(last=False)
+        cache.move_to_end(block)
+        return cache[block]
+
+    held: list[pa.RecordBatch] = []
+    rows = 0
+    for cell in plan.layout.grid.cells(ORDER_CELL_PX):
+        window = Window.cell(*cell, ORDER_CELL_PX)
+        parts = [
+            _first_pixel_in(of_block(block), window)
+            for block in window.intersect(plan.layout.grid).cells(plan.block_px)
+            if plan.tiles_in(plan.core(*block))
+        ]
+        found = Buildings.concatenate(parts)
+        found = found.take(np.lexsort((found.key_col, found.key_row)))
+        batch = publishable(found, plan.lattice)
+        while len(batch):
+            part = batch.slice(0, BATCH_ROWS - rows)
+            batch = batch.slice(len(part))
+            held.append(part)
+            rows += len(part)
+            if rows == BATCH_ROWS:
+                yield _one(held)
+                held, rows = [], 0
+    if held:
+        yield _one(held)
+
+
+def _first_pixel_in(buildings: Buildings, window: Window) -> Buildings:
+    row, col = buildings.key_row, buildings.key_col
+    rows = (row >= window.row_off) & (row < window.row_stop)
+    return buildings.take(rows & (col >= window.col_off) & (col < window.col_stop))
+
+
+def _one(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
+
+
+def drop_store(config: CityConfig, plan: Plan) -> None:
+    """Delete what `store.keep` does not keep, with its entries in the ledger."""
+    keep, folder = config.store.keep, plan.output
+    if keep == "probability":
+        store = Store(folder)
+        for array in ("image", "valid"):
+            store.drop(array)
+        shutil.rmtree(folder / "ledger" / "read", ignore_errors=True)
+    elif keep == "none":
+        for name in ("ledger", "store.zarr", "fragments", "validity"):
+            shutil.rmtree(folder / name, ignore_errors=True)

@@ -1,0 +1,346 @@
+"""The stages on a worker: what one task reads from the store, which function of `tasks` works on it, what it writes.
+
+Every task is idempotent, writes only its own region, and enters itself in the ledger last. It is named by the plan and
+an absolute index, and returns a receipt of a few bytes: no array ever passes through the scheduler.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from segpipe.tasks.errors import RunError
+from segpipe.tasks.grid import Window
+from segpipe.tasks.merge import merge
+from segpipe.tasks.predict import INVALID, predict_core, reach
+from segpipe.tasks.read import Tile, file_digest, file_stamp, read_window
+from segpipe.tasks.seams import Joins, collect
+from segpipe.tasks.seams import join as unite_pieces
+from segpipe.tasks.validity import scan_tile
+from segpipe.tasks.vectorize import (
+    Buildings,
+    Components,
+    border_from_bytes,
+    finish,
+    fragment_to_bytes,
+    vectorize_block,
+)
+
+from .plan import Plan, key_of
+from .store import Ledger, Store, write_bytes
+
+if TYPE_CHECKING:
+    from segpipe.models.predictor import Predictor
+
+VERSIONS = {"scan": 1, "read": 1, "predict": 1, "vectorize": 1, "join": 1}
+"""Raised when a stage of a new version gives other bytes for the same input: what older ones did is then not done."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a task tells the driver: pixels worked on, bytes written, seconds, and a few values of its stage."""
+
+    stage: str
+    unit: str
+    pixels: int
+    bytes: int
+    seconds: float
+    values: dict[str, Any]
+
+
+class Site:
+    """What a process holds to work on a plan: the store and the ledger, and, once a block is predicted, the network."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.folder = plan.output
+        self.ledger = Ledger(plan.output)
+        self._lock = threading.Lock()
+        self._store: Store | None = None
+        self._predictor: Predictor | None = None
+
+    @property
+    def store(self) -> Store:
+        """The store, opened on first use."""
+        with self._lock:
+            if self._store is None:
+                self._store = Store(self.folder)
+            return self._store
+
+    @property
+    def predictor(self) -> Predictor:
+        """The network on its device, loaded once a process. RunError if this process cannot honour the recipe."""
+        with self._lock:
+            if self._predictor is None:
+                self._predictor = load_predictor(self.plan)
+            return self._predictor
+
+
+def load_predictor(plan: Plan) -> Predictor:
+    """The network of a plan on this process's device. RunError if it cannot honour the recipe."""
+    from segpipe.models.predictor import Predictor, device_recipe, resolve_device
+    from segpipe.models.weights import file_digest as bundle_digest
+    from segpipe.models.weights import load_bundle
+
+    device = resolve_device()
+    kind = device_recipe(device)
+    if (kind["device"], kind["torch"]) != (plan.recipe.device, plan.recipe.torch):
+        raise RunError(
+            f"a worker has {kind['device']} and torch {kind['torch']}; expected {plan.recipe.device} and torch"
+            f" {plan.recipe.torch}, which the plan has settled"
+        )
+    if bundle_digest(plan.model) != plan.model_digest:
+        raise RunError(f"{plan.model}: changed since the run began; expected the weights of the plan")
+    return Predictor(load_bundle(plan.model), device, plan.recipe.precision, plan.recipe.threads)
+
+
+def tile_unit(plan: Plan, tile: int) -> str:
+    """The name of a tile's ledger entry: its file name, told apart by its path."""
+    path = Path(plan.tiles[tile].path)
+    return f"{path.stem}-{blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+
+
+def cell_unit(row: int, col: int) -> str:
+    """The name of a chunk's or block's ledger entry."""
+    return f"{row}_{col}"
+
+
+def scan_settings(plan: Plan, tile: int) -> str:
+    """A digest of all that decides a tile's validity besides its pixels."""
+    it = plan.tiles[tile]
+    return key_of(VERSIONS["scan"], it.window, it.bands, it.nodata, it.tolerance, it.mask, plan.min_nodata_pixels(tile))
+
+
+def scan(site: Site, tile: int) -> Receipt:
+    """Read one whole tile: its digest, and which of its pixels are invalid and why. Kept under `validity/`.
+
+    A tile whose stamp has changed but whose digest has not is not looked at again.
+    """
+    start = time.perf_counter()
+    plan = site.plan
+    it, unit, settings = plan.tiles[tile], tile_unit(plan, tile), scan_settings(plan, tile)
+    stamp = list(file_stamp(it.path))
+    digest = file_digest(it.path)
+    known = site.ledger.done("scan", unit, settings)
+    if known is not None and known["digest"] == digest:
+        values = {name: known[name] for name in ("invalid_px", "by_reason")}
+    else:
+        with _Validity.writing(site.folder, unit, digest) as write_invalid:
+            found = scan_tile(it, plan.min_nodata_pixels(tile), write_invalid)
+        values = {"invalid_px": found.invalid_px, "by_reason": found.by_reason}
+    site.ledger.record("scan", unit, settings, path=it.path, stamp=stamp, digest=digest, **values)
+    seconds = time.perf_counter() - start
+    return Receipt("scan", unit, it.window.pixels, stamp[0], seconds, values | {"tile": tile, "digest": digest})
+
+
+class _Validity:
+    """The invalid pixels of a tile: a zip file of bit masks, one for each piece that has any."""
+
+    @staticmethod
+    @contextmanager
+    def writing(folder: Path, unit: str, digest: str) -> Iterator[Callable[[Window, NDArray[np.bool_]], None]]:
+        path = _Validity.path(folder, unit, digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.{uuid4().hex}.partial")
+        try:
+            with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as file:
+                yield lambda window, mask: file.writestr(
+                    "_".join(str(n) for n in (window.row_off, window.col_off, *window.shape_yx)),
+                    np.packbits(mask).tobytes(),
+                )
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @staticmethod
+    def read(folder: Path, unit: str, digest: str, window: Window) -> NDArray[np.bool_] | None:
+        """True where a pixel of the window is invalid; None where all are valid."""
+        invalid: NDArray[np.bool_] | None = None
+        with zipfile.ZipFile(_Validity.path(folder, unit, digest)) as file:
+            for name in file.namelist():
+                piece = Window(*(int(n) for n in name.split("_")))
+                common = piece.intersect(window)
+                if common.pixels:
+                    invalid = np.zeros(window.shape_yx, np.bool_) if invalid is None else invalid
+                    bits = np.unpackbits(np.frombuffer(file.read(name), np.uint8), count=piece.pixels)
+                    mask = bits.reshape(piece.shape_yx).astype(np.bool_)
+                    invalid[common.within(window)] = mask[common.within(piece)]
+        return invalid
+
+    @staticmethod
+    def path(folder: Path, unit: str, digest: str) -> Path:
+        return folder / "validity" / f"{unit}-{digest}.zip"
+
+
+def read(site: Site, row: int, col: int, key: str, tiles: tuple[tuple[int, str], ...]) -> Receipt:
+    """Copy tiles into one chunk of `image` and `valid`. tiles: index and digest of those to be read, the last wins."""
+    start = time.perf_counter()
+    plan, unit = site.plan, cell_unit(row, col)
+    window = Window.cell(row, col, plan.chunk_px)
+    names = {plan.tiles[tile].path: (tile_unit(plan, tile), digest) for tile, digest in tiles}
+
+    def invalid(tile: Tile, part: Window) -> NDArray[np.bool_] | None:
+        return _Validity.read(site.folder, *names[tile.path], part)
+
+    if tiles:
+        image_CHW, valid_HW = read_window([plan.tiles[tile] for tile, _ in tiles], window, invalid)
+    else:
+        image_CHW = np.zeros((plan.layout.bands, *window.shape_yx), np.uint8)
+        valid_HW = np.zeros(window.shape_yx, np.bool_)
+    valid_u8 = valid_HW.astype(np.uint8)
+    sums = {
+        "image": site.store.write_chunk("image", row, col, image_CHW),
+        "valid": site.store.write_chunk("valid", row, col, valid_u8),
+    }
+    valid_px = int(np.count_nonzero(valid_HW))
+    site.ledger.record("read", unit, key, checksum=sums, valid_px=valid_px)
+    seconds = time.perf_counter() - start
+    return Receipt("read", unit, window.pixels, image_CHW.nbytes, seconds, {"valid_px": valid_px})
+
+
+def predict(site: Site, row: int, col: int, key: str) -> Receipt:
+    """Predict the core of one block and write its chunks of `probability`."""
+    start = time.perf_counter()
+    plan, unit = site.plan, cell_unit(row, col)
+    core, halo_px, stride = plan.core(row, col), plan.recipe.halo_px, plan.card.stride
+    outer = reach(core, halo_px, stride)
+    valid_HW = _merged(site, "read", "valid", outer, 0).astype(np.bool_)
+    seen_px, seconds_network = 0, 0.0
+    if not valid_HW[core.within(outer)].any():
+        prob_HW = np.full(core.shape_yx, INVALID, np.uint8)
+    else:
+        image_CHW = _merged(site, "read", "image", outer, 0)
+        predictor = site.predictor
+        begun = time.perf_counter()
+        prob_HW, seen_px = predict_core(image_CHW, valid_HW, core, halo_px, stride, predictor.predict)
+        seconds_network = time.perf_counter() - begun
+    sums = {}
+    for chunk in plan.chunks_in(core):
+        part = prob_HW[Window.cell(*chunk, plan.chunk_px).within(core)]
+        sums[cell_unit(*chunk)] = site.store.write_chunk("probability", *chunk, part)
+    valid_px = int(np.count_nonzero(prob_HW != INVALID))
+    site.ledger.record("predict", unit, key, checksum=sums, valid_px=valid_px)
+    values = {"valid_px": valid_px, "seen_px": seen_px, "seconds_network": seconds_network}
+    return Receipt("predict", unit, core.pixels, len(sums) * plan.chunk_px**2, time.perf_counter() - start, values)
+
+
+def vectorize(site: Site, row: int, col: int, key: str) -> Receipt:
+    """Make the fragment of one block: finished buildings, pieces that touch its sides, sums."""
+    start = time.perf_counter()
+    plan, unit = site.plan, cell_unit(row, col)
+    core = plan.core(row, col)
+    prob_HW = read_probability(site, core)
+    fragment = vectorize_block(prob_HW, core, plan.lattice, plan.vector)
+    data = fragment_to_bytes(fragment)
+    path = fragment_path(site.folder, row, col)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, data)
+    values = {
+        "valid_px": fragment.valid_pixels,
+        "mask_px": fragment.mask_pixels,
+        "finished": len(fragment.finished),
+        "border": len(fragment.border),
+    }
+    site.ledger.record("vectorize", unit, key, checksum=zlib.crc32(data), **values)
+    return Receipt("vectorize", unit, core.pixels, len(data), time.perf_counter() - start, values)
+
+
+def join(site: Site, row: int, col: int, key: str, joins: Joins, blocks: tuple[tuple[int, int], ...]) -> Receipt:
+    """Unite the buildings whose first pixel lies in one block and which touch its sides. blocks: index by number."""
+    start = time.perf_counter()
+    plan, unit = site.plan, cell_unit(row, col)
+
+    def read_border(number: int) -> Components:
+        return border_from_bytes(read_fragment(site, *blocks[number]))
+
+    whole = unite_pieces(*collect(joins, read_border))
+    buildings = finish(whole, plan.vector, plan.lattice, lambda window: read_probability(site, window))
+    data = _to_ipc(buildings.to_arrow())
+    path = joined_path(site.folder, row, col)
+    write_bytes(path, data)
+    values = {"joined": len(whole), "finished": len(buildings)}
+    site.ledger.record("join", unit, key, checksum=zlib.crc32(data), **values)
+    return Receipt("join", unit, int(whole.pixels.sum()), len(data), time.perf_counter() - start, values)
+
+
+def fragment_path(folder: Path, row: int, col: int) -> Path:
+    """The file of a block's fragment."""
+    return folder / "fragments" / f"{cell_unit(row, col)}.arrow"
+
+
+def joined_path(folder: Path, row: int, col: int) -> Path:
+    """The file of the buildings that were joined over seams and have their first pixel in a block."""
+    return folder / "fragments" / f"{cell_unit(row, col)}.joined.arrow"
+
+
+def read_fragment(site: Site, row: int, col: int) -> bytes:
+    """The file of a block's fragment, compared with the ledger's checksum. RunError if it is missing or another one."""
+    return _checked(site, "vectorize", row, col, fragment_path(site.folder, row, col))
+
+
+def read_joined(site: Site, row: int, col: int) -> Buildings:
+    """The joined buildings that have their first pixel in a block, compared with the ledger's checksum."""
+    data = _checked(site, "join", row, col, joined_path(site.folder, row, col))
+    return Buildings.from_arrow(pa.ipc.open_file(data).get_batch(0))
+
+
+def _to_ipc(batch: pa.RecordBatch) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_batch(batch)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _checked(site: Site, stage: str, row: int, col: int, path: Path) -> bytes:
+    entry = site.ledger.entry(stage, cell_unit(row, col))
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        data, reason = b"", str(error)
+    else:
+        reason = "another checksum than the ledger's"
+    if entry is None or not data or zlib.crc32(data) != entry["checksum"]:
+        site.ledger.forget(stage, cell_unit(row, col))
+        raise RunError(f"{path}: {reason}; expected the file that {stage} wrote; run again, it will be made anew")
+    return data
+
+
+def read_probability(site: Site, window: Window) -> NDArray[np.uint8]:
+    """prob_HW of any window of the lattice, 255 where nothing is predicted. RunError for a missing or damaged chunk."""
+    return _merged(site, "predict", "probability", window, INVALID)
+
+
+def _merged(site: Site, stage: str, array: str, window: Window, fill: int) -> NDArray[np.uint8]:
+    """A window of an array, put together from whole chunks, each compared with its checksum in the ledger."""
+    plan = site.plan
+    chunks = plan.chunks_in(window)
+
+    def parts() -> Iterator[tuple[Window, NDArray[np.uint8]]]:
+        for chunk in chunks:
+            # A probability chunk is entered under its block, the others under themselves.
+            owner = chunk if stage == "read" else tuple(i * plan.chunk_px // plan.block_px for i in chunk)
+            unit = cell_unit(*owner)
+            entry = site.ledger.entry(stage, unit)
+            if entry is None:
+                raise RunError(f"chunk {cell_unit(*chunk)} of {array}: not in the ledger; expected it done by {stage}")
+            expected = entry["checksum"][array if stage == "read" else cell_unit(*chunk)]
+            try:
+                yield Window.cell(*chunk, plan.chunk_px), site.store.read_chunk(array, *chunk, expected)
+            except RunError as error:
+                site.ledger.forget(stage, unit)
+                raise RunError(f"{error}; run again, it will be made anew") from None
+
+    return merge(window, parts(), [Window.cell(*chunk, plan.chunk_px) for chunk in chunks], fill)

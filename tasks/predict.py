@@ -1,0 +1,66 @@
+"""One block's prediction: the window that its core needs, and the core's probabilities.
+
+Axes: C band, H row, W column. Probabilities are uint8: 0 to 250 for 0 to 1, 255 where the pixel is invalid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .grid import Window
+
+INVALID = 255
+
+Predict = Callable[[NDArray[np.uint8], NDArray[np.bool_]], NDArray[np.uint8]]
+"""image_CHW and valid_HW of a window to prob_HW."""
+
+
+def reach(core: Window, halo_px: int, stride: int) -> Window:
+    """The most that the prediction of a core can look at."""
+    return core.pad(halo_px).snap(stride)
+
+
+def resolve_window(valid_HW: NDArray[np.bool_], core: Window, halo_px: int, stride: int) -> Window | None:
+    """The bounding box of the core's valid pixels, plus halo, grown outward to the stride's lattice.
+
+    valid_HW covers the core. None where the core has no valid pixel: then there is nothing to predict.
+    """
+    rows, cols = np.flatnonzero(valid_HW.any(axis=1)), np.flatnonzero(valid_HW.any(axis=0))
+    if not len(rows):
+        return None
+    box = Window.between(
+        core.row_off + int(rows[0]),
+        core.col_off + int(cols[0]),
+        core.row_off + int(rows[-1]) + 1,
+        core.col_off + int(cols[-1]) + 1,
+    )
+    return reach(box, halo_px, stride)
+
+
+def predict_core(
+    image_CHW: NDArray[np.uint8],
+    valid_HW: NDArray[np.bool_],
+    core: Window,
+    halo_px: int,
+    stride: int,
+    predict: Predict,
+) -> tuple[NDArray[np.uint8], int]:
+    """Probabilities of a core, prob_HW uint8, and the pixels of the window that the network has seen.
+
+    image_CHW and valid_HW cover reach(core, halo_px, stride); what lies outside the city is invalid there.
+    """
+    outer = reach(core, halo_px, stride)
+    if image_CHW.shape[1:] != outer.shape_yx or valid_HW.shape != outer.shape_yx:
+        raise ValueError(f"image {image_CHW.shape} and valid {valid_HW.shape}: expected {outer.shape_yx}, the reach")
+    prob_HW = np.full(core.shape_yx, INVALID, np.uint8)
+    window = resolve_window(valid_HW[core.within(outer)], core, halo_px, stride)
+    if window is None:
+        return prob_HW, 0
+    rows, cols = window.within(outer)
+    seen_HW = predict(image_CHW[:, rows, cols], valid_HW[rows, cols])
+    shared = core.intersect(window)
+    prob_HW[shared.within(core)] = seen_HW[shared.within(window)]
+    return prob_HW, window.pixels

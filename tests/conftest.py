@@ -1,0 +1,156 @@
+"""Tiny cities with known houses, a network that costs nothing, and where the real data is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+import yaml
+from affine import Affine
+from numpy.typing import NDArray
+from scipy.ndimage import uniform_filter
+
+from segpipe.models.networks import build_network
+from segpipe.models.weights import Card, Reach, save_bundle
+
+RESOLUTION = 0.3
+STRIDE, HALO = 32, 32
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data; tests that want it are skipped where it is absent."""
+    folder = Path(os.environ.get("SEGPIPE_SHARED", "../shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no real data: SEGPIPE_SHARED is {folder}, which has no data/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of an untrained network, with the halo of FakePredictor in its card."""
+    path = tmp_path_factory.mktemp("bundle") / "fake.safetensors"
+    network = build_network("unet-mobilenetv2")
+    card = Card(
+        architecture="unet-mobilenetv2",
+        arguments={"bands": 3, "classes": 1},
+        bands=("red", "green", "blue"),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        stride=STRIDE,
+        halo_px=HALO,
+        receptive_field_px=Reach(20, 20, 20, 20),
+        resolution_m=RESOLUTION,
+        resolution_range_m=(0.15, 0.6),
+    )
+    save_bundle(path, network, card, half=True)
+    return path
+
+
+class FakePredictor:
+    """Probability from the mean brightness of 21 x 21 px: looks 10 px far, and costs nothing. Counts its calls."""
+
+    calls = 0
+
+    def predict(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        type(self).calls += 1
+        assert all(side % STRIDE == 0 for side in valid_HW.shape), "a window off the stride"
+        grey_HW = np.where(valid_HW, image_CHW.astype(np.int64).sum(axis=0), 300)
+        mean_HW = uniform_filter(grey_HW * 441, 21, mode="constant", cval=300 * 441) // 441
+        prob_HW = np.clip(mean_HW * 250 // 765 + (grey_HW > 600) * 60, 0, 250).astype(np.uint8)
+        return np.where(valid_HW, prob_HW, np.uint8(255))
+
+
+@pytest.fixture
+def fake_network(monkeypatch: pytest.MonkeyPatch) -> type[FakePredictor]:
+    """Let tasks in this process predict with FakePredictor."""
+    from segpipe.pipeline import stages
+
+    monkeypatch.setattr(stages, "load_predictor", lambda plan: FakePredictor())
+    monkeypatch.setattr(FakePredictor, "calls", 0)
+    return FakePredictor
+
+
+def write_tile(path: Path, image_CHW: NDArray[np.uint8], row: int, col: int, **options: Any) -> Path:
+    """A GeoTIFF with its upper left pixel at (row, col) of the lattice of EPSG:32633 and 0.3 m, phase 0.1."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile = {
+        "driver": "GTiff",
+        "count": image_CHW.shape[0],
+        "height": image_CHW.shape[1],
+        "width": image_CHW.shape[2],
+        "dtype": image_CHW.dtype,
+        "crs": "EPSG:32633",
+        "transform": Affine(RESOLUTION, 0, 0.1 + col * RESOLUTION, 0, -RESOLUTION, 0.1 - row * RESOLUTION),
+        "compress": "deflate",
+    }
+    with rasterio.open(path, "w", **(profile | options)) as dataset:
+        dataset.write(image_CHW)
+    return path
+
+
+ORIGIN = (-17_666_700, 1_666_500)
+"""Row and column of a city's upper left pixel: not on a multiple of any chunk."""
+
+
+def draw_blobs(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    """Dark ground with bright crooked houses, some across any line that one may cut along."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(20, 120, (3, height, width)).astype(np.uint8)
+    for _ in range(height * width // 4000):
+        row, col = int(rng.integers(0, height)), int(rng.integers(0, width))
+        for _ in range(3):
+            h, w = int(rng.integers(6, 40)), int(rng.integers(6, 40))
+            dr, dc = int(rng.integers(-10, 10)), int(rng.integers(-10, 10))
+            top, left = max(0, row + dr), max(0, col + dc)
+            image[:, top : top + h, left : left + w] = rng.integers(200, 250)
+    return image
+
+
+@dataclass(frozen=True)
+class City:
+    """A city on disk. image_CHW covers all its tiles, from ORIGIN."""
+
+    config: Path
+    image_CHW: NDArray[np.uint8]
+
+    def set(self, **changes: Any) -> Path:
+        """A copy of the city's YAML with other values."""
+        data = yaml.safe_load(self.config.read_text()) | changes
+        path = self.config.with_name(f"city-{len(list(self.config.parent.glob('*.yaml')))}.yaml")
+        path.write_text(yaml.safe_dump(data))
+        return path
+
+
+@pytest.fixture
+def make_city(tmp_path: Path, bundle: Path) -> Callable[..., City]:
+    """Write a city of (rows, columns) tiles with a black hole in it, and its city.yaml."""
+
+    def make(rows: int = 2, cols: int = 2, tile_px: int = 300, seed: int = 0, **settings: Any) -> City:
+        image = draw_blobs(rows * tile_px, cols * tile_px, seed)
+        image[:, 40:160, 50:200] = 0
+        for number in range(rows * cols):
+            r, c = divmod(number, cols)
+            part = image[:, r * tile_px : (r + 1) * tile_px, c * tile_px : (c + 1) * tile_px]
+            place = (ORIGIN[0] + r * tile_px, ORIGIN[1] + c * tile_px)
+            write_tile(tmp_path / "tiles" / f"tile{number + 1}.tif", part, *place)
+        config = tmp_path / "city.yaml"
+        data: dict[str, Any] = {
+            "name": "tiny",
+            "images": "tiles/*.tif",
+            "model": str(bundle),
+            "output": "run",
+            "nodata": 0,
+            "grid": {"chunk_px": 128, "block_px": 256},
+            "vectorize": {"min_area_m2": 2},
+        }
+        config.write_text(yaml.safe_dump(data | settings))
+        return City(config, image)
+
+    return make
