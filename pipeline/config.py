@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+
 from segpipe.tasks.errors import UserError
 
 
@@ -57,8 +58,7 @@ class VectorizeConfig(_Section):
 class ClusterConfig(_Section):
     """Where the work runs. workers: processes; threads: of torch in each; memory: of all workers together."""
 
-    kind: Literal["local", "scheduler"] = "local"
-    address: str | None = None
+    kind: Literal["local"] = "local"
     workers: PositiveInt | Auto = "auto"
     threads: PositiveInt | Auto = "auto"
     memory: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*(GiB|GB|MiB|MB)$")] | Auto = "auto"

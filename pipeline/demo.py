@@ -17,9 +17,10 @@ import shapely.affinity
 from affine import Affine
 from numpy.typing import NDArray
 from rasterio.features import geometry_mask
+from shapely.geometry import box
+
 from segpipe.pipeline.draw import PX_M, DrawnCity, draw_city
 from segpipe.tasks.errors import UserError
-from shapely.geometry import box
 
 CRS = "EPSG:32633"
 ORIGIN = (440000.1, 5300000.1)

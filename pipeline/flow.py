@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
+
 from segpipe.tasks.errors import RunError, TileError
 from segpipe.tasks.grid import Window
 from segpipe.tasks.predict import reach

@@ -39,7 +39,7 @@ def state_of_inputs(config: CityConfig) -> dict[str, Any]:
     """What the outputs depend on, as far as it can be seen without opening a file: to be stored with them."""
     model = resolve_bundle(config.model, config.file.parent)
     return {
-        "config": config.model_dump(mode="json", exclude={"cluster": {"kind", "address"}}),
+        "config": config.model_dump(mode="json"),
         "images": {str(path): stamp(path) for path in find_images(config.images, config)},
         "model": [str(model), stamp(model)],
         "machine": machine(),

@@ -18,6 +18,7 @@ import shapely
 from affine import Affine
 from pyproj import CRS
 from pyproj.exceptions import CRSError
+
 from segpipe.models.weights import BundleError, Card, file_digest, read_card, resolve_bundle
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.grid import Lattice, Window
@@ -407,6 +408,7 @@ def _resolve_recipe(
 ) -> tuple[Recipe, int]:
     """The recipe, and the bytes that one predict task takes with it."""
     import torch
+
     from segpipe.models.field import peak_bytes_per_px
     from segpipe.models.networks import build_network
     from segpipe.models.predictor import device_recipe, fast_bfloat16, resolve_device

@@ -29,6 +29,7 @@ import rasterio.windows
 import shapely
 from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError  # the base of what rasterio.shutil.copy raises; it has no public name
+
 from segpipe.tasks.errors import RunError
 from segpipe.tasks.grid import Lattice, Window
 

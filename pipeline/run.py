@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from rich.console import Console
+
 from segpipe.tasks.errors import RunError, UserError
 from segpipe.tasks.grid import Window
 from segpipe.tasks.predict import INVALID

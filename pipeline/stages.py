@@ -21,6 +21,7 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
 from segpipe.tasks.errors import RunError
 from segpipe.tasks.grid import Window
 from segpipe.tasks.merge import merge

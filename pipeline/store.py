@@ -24,9 +24,10 @@ import numpy as np
 import psutil
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import BytesCodec, ZstdCodec
+
 from segpipe.tasks.errors import RunError, UserError
 from segpipe.tasks.grid import Lattice, Window
-from zarr.codecs import BytesCodec, ZstdCodec
 
 INVALID = 255
 """The value of an invalid pixel in `probability`."""

@@ -188,7 +188,7 @@ def join(pieces: Components, building: NDArray[np.int64]) -> Components:
     outline_px = shapely.area(geometry)
     for one in np.flatnonzero(outline_px != pixels)[:1]:
         raise RunError(
-            f"building at row {pieces.key_row[first[one]]}, column {pieces.key_col[first[one]]}: an outline of "
-            f"{outline_px[one]:.0f} px around pieces of {pixels[one]} px: expected the same, a piece is missing or doubled"
+            f"building at row {pieces.key_row[first[one]]}, column {pieces.key_col[first[one]]}: outline of "
+            f"{outline_px[one]:.0f} px, expected the {pixels[one]} px of its pieces: a piece is missing or doubled"
         )
     return Components(pieces.key_row[first], pieces.key_col[first], pixels, prob_sum, geometry)

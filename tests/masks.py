@@ -1,4 +1,4 @@
-"""Masks that are hard to vectorize in pieces, ways to cut them, and the pipeline's steps over the pieces in one process."""
+"""Masks that are hard to vectorize in pieces, ways to cut them, and all steps over the pieces in one process."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ from affine import Affine
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rasterio.features import shapes
+
 from segpipe.tasks.grid import Lattice, Window
 from segpipe.tasks.seams import collect, join, plan_joins
 from segpipe.tasks.vectorize import (
     Buildings,
-    Fragment,
     VectorSettings,
     border_from_bytes,
     finish,
@@ -94,8 +94,10 @@ DRAWN = (noise, noise, noise, rings, discs, spiral, comb, checkers, houses, hous
 @st.composite
 def cities(draw: st.DrawFn, largest: int = 200) -> tuple[NDArray[np.uint8], Window, int]:
     """Probabilities, their place on the lattice, and a seed for what goes on with them."""
-    height, width = draw(st.integers(1, largest)), draw(st.integers(1, largest))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    # Sizes come from numpy, for hypothesis by itself draws few large ones.
+    least, most = draw(st.sampled_from([(1, 8), (4, 40), (largest // 4, largest), (largest // 2, largest)]))
+    height, width = (int(side) for side in rng.integers(least, most + 1, 2))
     mask = draw(st.sampled_from(DRAWN))(rng, height, width)
     prob = np.where(mask, rng.integers(THRESHOLD, 251, mask.shape), rng.integers(0, THRESHOLD, mask.shape))
     for _ in range(draw(st.integers(0, 4))):
@@ -159,12 +161,6 @@ def stored_fragments(
 ) -> list[bytes]:
     read = reader(prob, window)
     return [fragment_to_bytes(vectorize_block(read(block), block, LATTICE, settings)) for block in blocks]
-
-
-def whole(fragment: Fragment, settings: VectorSettings) -> Buildings:
-    """Finished buildings of a city that is one block, every pixel of its rim being empty."""
-    assert len(fragment.border) == 0
-    return fragment.finished
 
 
 def vectorize_in_pieces(

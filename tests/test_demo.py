@@ -14,11 +14,12 @@ from affine import Affine
 from numpy.typing import NDArray
 from rasterio.merge import merge
 from scipy import ndimage
+from sklearn.ensemble import RandomForestClassifier
+
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.demo import DemoFiles, write_demo
 from segpipe.pipeline.draw import DrawnCity, draw_city
 from segpipe.tasks.errors import UserError
-from sklearn.ensemble import RandomForestClassifier
 
 PX_M2 = 0.09
 

@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 from segpipe.models.augment import Augmentation, Normalisation, augment
 from segpipe.models.fit import FitSettings, fit
 from segpipe.models.metrics import histogram

@@ -3,9 +3,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import accuracy_score, f1_score, jaccard_score, precision_score, recall_score
+
 from segpipe.models.losses import bce_jaccard
 from segpipe.models.metrics import Counts, Histogram, histogram
-from sklearn.metrics import accuracy_score, f1_score, jaccard_score, precision_score, recall_score
 
 
 def make_batch(seed=0, batch=3, side=16):

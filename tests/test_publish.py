@@ -14,6 +14,7 @@ import pytest
 import rasterio
 import shapely
 from pyproj import CRS
+
 from segpipe.pipeline.publish import (
     BATCH_ROWS,
     SCHEMA,

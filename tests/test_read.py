@@ -14,6 +14,7 @@ from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.enums import ColorInterp
+
 from segpipe.tasks.errors import TileError, UserError
 from segpipe.tasks.grid import Window
 from segpipe.tasks.read import (

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import zarr
+
 from segpipe.tasks.grid import Window
 from segpipe.tasks.sample import Area, CropSampler
 

@@ -18,6 +18,7 @@ from masks import (
     with_corner_contacts,
 )
 from scipy import ndimage
+
 from segpipe.tasks.errors import RunError
 from segpipe.tasks.grid import Window
 from segpipe.tasks.seams import collect, facing_pairs, group_nodes, join, neighbours, plan_joins
@@ -175,7 +176,7 @@ def test_a_doubled_or_missing_piece_is_refused(doubled):
     pieces, building = collect(joins.at(0), lambda index: border_from_bytes(stored[index]))
     chosen = np.array([0, 1, 1, 2] if doubled else [0, 2])
     assert len(join(pieces, building)) == 1
-    with pytest.raises(RunError, match="joining the pieces|missing or doubled"):
+    with pytest.raises(RunError, match=r"joining the pieces|missing or doubled"):
         join(pieces.take(chosen), building[chosen])
 
 

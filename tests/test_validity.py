@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.enums import ColorInterp
 from scipy import ndimage
+
 from segpipe.tasks.grid import Window
 from segpipe.tasks.read import Tile, read_header
 from segpipe.tasks.validity import EDGE_RUN_PX, Scan, min_pixels, resolve_tolerance, scan_tile
