@@ -28,6 +28,9 @@ FULL_U8 = 250
 _HOLE_CELL_PX = 512
 """Holes are looked at together by cells of this side: few reads, each of a bounded window."""
 
+_TOPOLOGY_CORNERS = 20_000
+"""Most corners of an outline to simplify with its topology: 0.2 s here, and GEOS's time grows with their square."""
+
 
 @dataclass(frozen=True, slots=True)
 class VectorSettings:
@@ -336,11 +339,11 @@ def _simplify(geometry: Geometries, tolerance_px: NDArray[np.float64], lattice: 
     # Douglas-Peucker ring by ring is ten times faster than GEOS's form that keeps the topology, and mostly enough.
     simple, good = _simplify_rings(geometry, tolerance_px)
     good[good] = _is_valid(simple[good], lattice)
-    rest = np.flatnonzero(~good)
+    rest = np.flatnonzero(~good & (shapely.get_num_coordinates(geometry) <= _TOPOLOGY_CORNERS))
     simple[rest] = shapely.simplify(geometry[rest], tolerance_px[rest], preserve_topology=True)
     is_polygon = (shapely.get_type_id(simple[rest]) == shapely.GeometryType.POLYGON) & ~shapely.is_empty(simple[rest])
-    bad = rest[~(is_polygon & _is_valid(simple[rest], lattice))]
-    simple[bad] = geometry[bad]
+    good[rest] = is_polygon & _is_valid(simple[rest], lattice)
+    simple[~good] = geometry[~good]
     return simple
 
 

@@ -25,6 +25,7 @@ from segpipe.tasks.vectorize import (
     vectorize_block,
 )
 
+# The full number of examples takes minutes: SEGPIPE_THOROUGH=1 asks for it, with other examples at every run.
 THOROUGH = os.environ.get("SEGPIPE_THOROUGH") == "1"
 THRESHOLD = 100
 RAW = VectorSettings(THRESHOLD, 0, 0, 0)

@@ -30,7 +30,7 @@ from segpipe.tasks.vectorize import (
     sides_from_bytes,
 )
 
-law = settings(max_examples=500 if THOROUGH else 60, deadline=None, derandomize=not THOROUGH, database=None)
+law = settings(max_examples=500 if THOROUGH else 40, deadline=None, derandomize=not THOROUGH, database=None)
 whole_settings = st.builds(
     VectorSettings, st.just(THRESHOLD), st.sampled_from([0.0, 1.0, 10.0]), st.sampled_from([0.0, 0.5, 2.0, 40.0]),
     st.sampled_from([0.0, 0.3, 1.5]),
@@ -54,8 +54,8 @@ def test_polygons_in_pieces_are_those_of_one_polygonize_of_the_whole_mask(city):
     assert buildings.pixels.sum() == mask.sum()
 
 
-@law
-@given(cities(), whole_settings)
+@settings(law, max_examples=500 if THOROUGH else 25)
+@given(cities(200 if THOROUGH else 100), whole_settings)
 def test_published_bytes_do_not_depend_on_the_cut(city, chosen):
     prob, window, seed = city
     rng = np.random.default_rng(seed)
@@ -69,7 +69,7 @@ def test_published_bytes_do_not_depend_on_the_cut(city, chosen):
     assert shapely.is_valid(shapely.from_wkb(uncut.column("geometry").to_numpy(zero_copy_only=False))).all()
 
 
-@settings(law, max_examples=20)
+@settings(law, max_examples=200 if THOROUGH else 20)
 @given(cities(100))
 def test_statistics_are_those_of_the_whole_building(city):
     prob, window, seed = city
@@ -86,7 +86,7 @@ def test_statistics_are_those_of_the_whole_building(city):
     assert buildings.prob_sum.tolist() == ndimage.sum_labels(prob.astype(np.int64), labels, index).tolist()
 
 
-@settings(law, max_examples=20)
+@settings(law, max_examples=200 if THOROUGH else 20)
 @given(cities(100), st.randoms(use_true_random=False))
 def test_joins_do_not_depend_on_the_order_of_blocks(city, random):
     prob, window, seed = city
@@ -143,7 +143,7 @@ def test_nodes_of_a_chain_of_pairs_are_one_group():
     assert len(set(group.tolist())) == 4
 
 
-@settings(law, max_examples=30)
+@settings(law, max_examples=200 if THOROUGH else 30)
 @given(st.integers(0, 2**32))
 def test_neighbours_are_the_blocks_that_share_a_stretch_of_seam(seed):
     rng = np.random.default_rng(seed)
