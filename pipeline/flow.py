@@ -94,13 +94,12 @@ class Flow:
         if any(tile in self.newly_skipped for tile in self._tiles_under(block)):
             return
         ledger, unit, key = self._site.ledger, cell_unit(*block), self._predict_key(block)
-        if ledger.done("vectorize", unit, self._vectorize_key(key)) is not None:
-            for stage in ("predict", "vectorize"):
-                self._listener.reused(stage)
-            return
         if ledger.done("predict", unit, key) is not None:
             self._listener.reused("predict")
-            self._submit("vectorize", (*block, self._vectorize_key(key)))
+            if ledger.done("vectorize", unit, self._vectorize_key(key)) is not None:
+                self._listener.reused("vectorize")
+            else:
+                self._submit("vectorize", (*block, self._vectorize_key(key)))
             return
         chunks = self._chunks_under(block)
         if any(self._state(chunk) == _FAILED for chunk in chunks):
