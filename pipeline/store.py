@@ -128,11 +128,14 @@ def checksum(data: NDArray[np.uint8]) -> int:
 def prepare_store(folder: Path, layout: Layout) -> Store:
     """Create the store of a run, or let an existing one grow to a larger grid. What is done stays; it never shrinks.
 
-    A store of another lattice, chunk size or bands is replaced: by its keys the ledger knows that all is to be done.
+    A store of another lattice, chunk size or bands is replaced, and what the ledger says of its chunks is forgotten:
+    a later run that goes back to the first chunk size would else find entries of files that are gone.
     """
     root = folder / "store.zarr"
     old = _stored_layout(root)
     if old is None or (old.lattice, old.chunk_px, old.bands) != (layout.lattice, layout.chunk_px, layout.bands):
+        for stage in ("read", "predict"):
+            shutil.rmtree(folder / "ledger" / stage, ignore_errors=True)
         if root.exists():
             shutil.rmtree(root)
         root.mkdir(parents=True)
