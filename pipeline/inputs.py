@@ -64,9 +64,10 @@ def _vrt_sources(path: Path) -> Iterator[Path]:
 
 
 def stamp(path: Path) -> list[int]:
-    """[size in bytes, time of change in ns]: a file with the same stamp is taken to be unchanged."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+    """[size in bytes, time of change in ns], of a tile with its external mask: the same stamp, an unchanged file."""
+    mask = Path(f"{path}.msk")
+    stats = [file.stat() for file in ([path, mask] if mask.exists() else [path])]
+    return [sum(status.st_size for status in stats), max(status.st_mtime_ns for status in stats)]
 
 
 def machine() -> dict[str, str]:
