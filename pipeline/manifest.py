@@ -36,8 +36,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def state_of_inputs(config: CityConfig) -> dict[str, Any]:
-    """What the outputs depend on, as far as it can be seen without opening a file: to be stored with them."""
-    model = resolve_bundle(config.model, config.file.parent)
+    """What the outputs depend on, as far as it can be seen without opening a file: to be stored with them.
+
+    UserError for a model or images that are not there.
+    """
+    try:
+        model = resolve_bundle(config.model, config.file.parent)
+    except BundleError as error:
+        raise UserError(f"model: {error}") from None
     return {
         "config": config.model_dump(mode="json"),
         "images": {str(path): stamp(path) for path in find_images(config.images, config)},
@@ -57,7 +63,7 @@ def nothing_changed(config: CityConfig) -> dict[str, Any] | None:
         return None
     try:
         now, then = state_of_inputs(config), manifest["state"]
-    except (BundleError, UserError, OSError):
+    except (UserError, OSError):
         return None
     if now["model"] != then["model"] and file_digest(Path(now["model"][0])) != manifest["model"]["digest"]:
         return None
