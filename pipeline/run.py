@@ -216,7 +216,7 @@ def publish_all(
         mask_px=mask_px,
         valid_px=valid_px,
         validity=_validity(site, skipped),
-        skipped={plan.tiles[tile].path: reason for tile, reason in skipped.items()},
+        skipped=plan.left_out | {plan.tiles[tile].path: reason for tile, reason in skipped.items()},
         stages=listener.stages,
     )
 
