@@ -302,10 +302,11 @@ def drop_store(config: CityConfig, plan: Plan) -> None:
     """Delete what `store.keep` does not keep, with its entries in the ledger."""
     keep, folder = config.store.keep, plan.output
     if keep == "probability":
+        # The ledger first: killed in between, it must not name what is gone.
+        shutil.rmtree(folder / "ledger" / "read", ignore_errors=True)
         store = Store(folder)
         for array in ("image", "valid"):
             store.drop(array)
-        shutil.rmtree(folder / "ledger" / "read", ignore_errors=True)
     elif keep == "none":
         for name in ("ledger", "store.zarr", "fragments", "validity"):
             shutil.rmtree(folder / name, ignore_errors=True)
