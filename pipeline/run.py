@@ -7,6 +7,7 @@ import shutil
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,13 @@ def map_city(config: CityConfig, console: Console, scheduler: str | None = None,
     output = config.path(config.output)
     plan = make_plan(config, stored=None if fresh else read_settled(output))
     make_output(output)
-    with locked(output), watching(output, console) as listener:
-        for label, text in describe(plan):
-            listener.say(f"{label:>10}  {text}")
+    with ExitStack() as stack:
+        stack.enter_context(locked(output))
         if fresh:
             start_over(output)
+        listener = stack.enter_context(watching(output, console))
+        for label, text in describe(plan):
+            listener.say(f"{label:>10}  {text}")
         remove_leftovers(output)
         write_json(output / SETTLED, {"lattice": asdict(plan.lattice), "block_px": plan.block_px})
         prepare_store(output, plan.layout)
