@@ -284,7 +284,18 @@ def place_lattice(
         known = Lattice(crs.to_wkt(), stored["pixel_size"], stored["phase_x"], stored["phase_y"])
         if CRS.from_wkt(stored["crs_wkt"]) == crs and known.pixel_size == size:
             return known
-    return Lattice(crs.to_wkt(), size, first.transform[2] % size, first.transform[5] % size)
+    return Lattice(crs.to_wkt(), size, _phase(first.transform[2], size), _phase(first.transform[5], size))
+
+
+def _phase(origin: float, size: float) -> float:
+    """Where in a pixel of the absolute lattice an origin lies, rounded to about a millionth of the pixel.
+
+    What is left of a division of large coordinates differs from tile to tile in its last digits, and around zero by a
+    whole pixel: the lattice must not depend on which tile comes first.
+    """
+    digits = 6 - math.floor(math.log10(size))
+    phase = round(origin % size, digits)
+    return 0.0 if size - phase < 2 * 10.0**-digits else phase
 
 
 def _tile_crs(header: TileHeader, images_crs: str | None) -> CRS:
