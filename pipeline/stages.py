@@ -193,7 +193,12 @@ def read(site: Site, row: int, col: int, key: str, tiles: tuple[tuple[int, str],
     names = {plan.tiles[tile].path: (tile_unit(plan, tile), digest) for tile, digest in tiles}
 
     def invalid(tile: Tile, part: Window) -> NDArray[np.bool_] | None:
-        return _Validity.read(site.folder, *names[tile.path], part)
+        try:
+            return _Validity.read(site.folder, *names[tile.path], part)
+        except (OSError, zipfile.BadZipFile, zlib.error, ValueError) as error:
+            site.ledger.forget("scan", names[tile.path][0])
+            path = _Validity.path(site.folder, *names[tile.path])
+            raise RunError(f"{path}: {error}; expected what scan wrote; run again, it will be made anew") from None
 
     if tiles:
         image_CHW, valid_HW = read_window([plan.tiles[tile] for tile, _ in tiles], window, invalid)
