@@ -15,7 +15,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -313,7 +313,8 @@ def remove_leftovers(folder: Path) -> int:
     """Delete what killed writers have left half-written anywhere in a run folder; returns how many files."""
     count = 0
     for path in folder.rglob("*.partial*"):
-        if path.is_file():
+        # The lock's are of a process that is alive, ours or one that waits for the lock.
+        if path.is_file() and not path.name.startswith("lock."):
             path.unlink(missing_ok=True)
             count += 1
     return count
@@ -414,5 +415,7 @@ def _beat(path: Path, token: str, stop: threading.Event) -> None:
         if holder is None or holder["token"] != token:
             return
         beside = path.with_name(f"lock.{token}.partial")
-        beside.write_text(_lock_text(token, counter))
-        beside.replace(path)
+        # On a full disk the counter stands still, but the lock is held on: there may be room again.
+        with suppress(OSError):
+            beside.write_text(_lock_text(token, counter))
+            beside.replace(path)
