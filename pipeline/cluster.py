@@ -92,7 +92,7 @@ class Distributed:
         self._client = client
         self.capacity = capacity
         self.dashboard = client.dashboard_link if _has_dashboard(client) else ""
-        self._done = as_completed(with_results=False, raise_errors=False)
+        self._done = as_completed(loop=client.loop, with_results=False, raise_errors=False)
         self._tasks: dict[Any, Task] = {}
         self._plan = pickle.dumps(plan)
         self._run = f"segpipe-{plan.name}-{time.time_ns():x}"
@@ -153,10 +153,21 @@ def _site_plugin(run: str, plan: bytes) -> Any:
         name = f"site-{run}"
 
         def setup(self, worker: Any) -> None:
-            _sites.clear()
-            _sites[run] = Site(pickle.loads(plan))
+            # This class travels by value, with copies of the globals that it names; functions travel by name.
+            _take_plan(run, plan)
+
+        def teardown(self, worker: Any) -> None:
+            _leave_plan(run)
 
     return SitePlugin()
+
+
+def _take_plan(run: str, plan: bytes) -> None:
+    _sites[run] = Site(pickle.loads(plan))
+
+
+def _leave_plan(run: str) -> None:
+    _sites.pop(run, None)
 
 
 def _work(run: str, stage: str, arguments: tuple[Any, ...]) -> tuple[Receipt, str]:
