@@ -125,6 +125,15 @@ class Distributed:
         error = future.exception()
         return Outcome(task, None, _explained(error), "")
 
+    def leave(self) -> None:
+        """Let workers that live on drop the plan and the network of this run; those of other runs stay."""
+        with contextlib.suppress(Exception):
+            self._client.unregister_worker_plugin(_plugin_name(self._run))
+
+
+def _plugin_name(run: str) -> str:
+    return f"site-{run}"
+
 
 def _has_dashboard(client: Any) -> bool:
     return bool(client.scheduler_info(n_workers=0).get("services", {}).get("dashboard"))
@@ -150,7 +159,7 @@ def _site_plugin(run: str, plan: bytes) -> Any:
     class SitePlugin(WorkerPlugin):
         """Hands the plan to every worker process, now and when one joins later."""
 
-        name = f"site-{run}"
+        name = _plugin_name(run)
 
         def setup(self, worker: Any) -> None:
             # This class travels by value, with copies of the globals that it names; functions travel by name.
@@ -215,7 +224,11 @@ def open_pool(plan: Plan, scheduler: str | None) -> Iterator[Pool]:
                 f"--scheduler {scheduler}: no answer ({type(error).__name__}); expected a Dask scheduler"
             ) from None
         with _closing(client):
-            yield Distributed(client, plan, _check_workers(client, scheduler))
+            pool = Distributed(client, plan, _check_workers(client, scheduler))
+            try:
+                yield pool
+            finally:
+                pool.leave()
         return
     cluster = LocalCluster(
         n_workers=plan.workers.count,
