@@ -185,6 +185,13 @@ def test_the_digest_of_rows_changes_with_any_edit(tmp_path: Path, statement: str
     assert rows_digest(path) != digest
 
 
+def test_coordinates_that_need_all_17_digits_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "buildings.gpkg"
+    house = shapely.box(353881.49999999994, 3057170.4, 354281.69999999995, 3057560.4)
+    write_geopackage(path, [rows(np.arange(1), np.array([house]))], WKT)
+    assert pyogrio.read_dataframe(path, layer="buildings").geometry[0].equals_exact(house, 0)
+
+
 def test_the_digest_of_rows_changes_with_a_moved_corner(tmp_path: Path) -> None:
     boxes = shapely.box(np.arange(5.0), 0, np.arange(5.0) + 1, 1)
     moved = np.append(boxes[:4], shapely.box(4, 0, 5, 1.001))
