@@ -12,7 +12,7 @@ import shutil
 import sqlite3
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,6 +76,19 @@ def remove_leftovers(folder: Path) -> tuple[Path, ...]:
     for path in leftovers:
         path.unlink(missing_ok=True)
     return leftovers
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Give a path to write to, which is renamed to path at the end; RunError if writing fails, and nothing is left."""
+    partial = partial_path(path)
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise _write_error(path, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _write_error(path: Path, error: Exception) -> RunError:

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from segpipe.tasks.grid import Lattice, Window
 
-from .publish import BATCH_ROWS, LAYER, partial_path
+from .publish import BATCH_ROWS, LAYER, written_beside
 
 OUTLINE_RGB = (255, 106, 0)
 HATCH_RGB = (150, 150, 150)
@@ -95,7 +95,10 @@ class Report:
 
 
 def write_report(path: Path, report: Report, preview: Path | None = None) -> None:
-    """Write the page with everything in it, so that it can be sent or kept as one file, and rename it into place."""
+    """Write the page with everything in it, so that it can be sent or kept as one file, and rename it into place.
+
+    Raises RunError if it cannot be written.
+    """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -103,9 +106,8 @@ def write_report(path: Path, report: Report, preview: Path | None = None) -> Non
     environment.filters["duration"] = _duration
     template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     html = template.render(report=report, preview=None if preview is None else _inline_jpeg(preview))
-    partial = partial_path(path)
-    partial.write_text(html, encoding="utf-8")
-    partial.replace(path)
+    with written_beside(path) as partial:
+        partial.write_text(html, encoding="utf-8")
 
 
 def _duration(seconds: float) -> str:
@@ -137,6 +139,7 @@ def write_preview(
     read_image gives uint8 (bands, height, width) of a part of window, of which the first three are shown as red, green
     and blue; read_valid gives what is not zero where there is imagery: the rest is hatched. A pixel of the picture is
     the mean of the valid pixels under it. Both are read part by part, and the footprints in batches.
+    Raises RunError if the picture cannot be written.
     """
     factor = max(1, -(-max(window.shape_yx) // max_px))
     picture_HW3 = np.empty((-(-window.height // factor), -(-window.width // factor), 3), np.uint8)
@@ -150,9 +153,8 @@ def write_preview(
     picture = Image.fromarray(picture_HW3)
     outlines = _draw_outlines(geopackage, picture.size, window, lattice, factor)
     picture.paste(OUTLINE_RGB, mask=outlines)
-    partial = partial_path(path)
-    picture.save(partial, "PNG")
-    partial.replace(path)
+    with written_beside(path) as partial:
+        picture.save(partial, "PNG")
 
 
 def _parts(window: Window, step: int) -> Iterator[Window]:

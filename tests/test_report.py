@@ -1,5 +1,6 @@
 """Laws of the report: it says all that it was given, needs no network, and the picture shows every footprint."""
 
+import resource
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +16,7 @@ from pyproj import CRS
 from segpipe.pipeline import report as module
 from segpipe.pipeline.publish import SCHEMA, write_geopackage
 from segpipe.pipeline.report import Report, StageTime, write_preview, write_report
+from segpipe.tasks.errors import RunError
 from segpipe.tasks.grid import Lattice, Window
 
 LATTICE = Lattice(CRS(32645).to_wkt(), 0.5, 0.25, 0.1)
@@ -130,6 +132,19 @@ def test_an_empty_city_has_a_page_without_empty_headings(tmp_path: Path) -> None
     assert "Tiles left out" not in text
     assert "0.0 %" in text
     assert "nan" not in text.lower()
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(RunError, match=r"report\.html: cannot be written .*File too large"):
+            write_report(path, REPORT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [(left.name, left.read_text()) for left in tmp_path.iterdir()] == [("report.html", "old")]
 
 
 def test_speed_is_of_the_clock_and_absent_where_nothing_was_done() -> None:
