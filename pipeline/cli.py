@@ -35,6 +35,10 @@ def _told(debug: bool) -> Iterator[None]:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _end(f"{where}{error.strerror or error}; what is done is kept; run the same command again to go on", 1)
+    except Exception as error:
+        if debug:
+            raise
+        _end(f"unexpected {type(error).__name__}: {error}; --debug shows where; what is done is kept", 1)
 
 
 def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -185,8 +185,12 @@ def _work(run: str, stage: str, arguments: tuple[Any, ...]) -> tuple[Receipt, st
 
     from . import stages
 
-    if run not in _sites:
-        raise RunError("a worker joined without the plan of this run; its log says why")
+    # A worker that has just joined may be given a task before its plugins are set up.
+    deadline = time.monotonic() + WORKER_TIMEOUT_S
+    while run not in _sites:
+        if time.monotonic() > deadline:
+            raise RunError("a worker joined without the plan of this run; its log says why")
+        time.sleep(0.05)
     receipt: Receipt = getattr(stages, stage)(_sites[run], *arguments)
     return receipt, str(get_worker().name)
 
@@ -255,13 +259,20 @@ def _closing(it: Any) -> Iterator[None]:
         with contextlib.suppress(Exception):
             it.close(timeout=3)
         for process in _children() if hasattr(it, "worker_spec") else []:
-            process.kill()
+            with contextlib.suppress(Exception):
+                process.kill()
 
 
 def _children() -> list[Any]:
+    """Worker processes of this one."""
     import psutil
 
-    return [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "spawn_main" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def _check_workers(client: Any, scheduler: str) -> int:

@@ -467,7 +467,7 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
     lattice, grid, bounds = plan.lattice, plan.layout.grid, plan.bounds
     chunks, blocks = sum(1 for _ in plan.chunks()), sum(1 for _ in plan.blocks())
     metres = ground_pixel_m(lattice, bounds)
-    core_px, seen_px = _pixels_seen(plan)
+    core_px, seen_px = pixels_seen(plan)
     nodata = sorted({(tile.nodata, tile.tolerance, tile.mask) for tile in plan.tiles})
     rule = "; ".join(
         f"{' or '.join(f'{v:g}' for v in values)} within {tolerance:g}" if values else f"mask: {mask}"
@@ -512,7 +512,7 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
     return rows + [("note", note) for note in plan.notes]
 
 
-def _pixels_seen(plan: Plan) -> tuple[int, int]:
+def pixels_seen(plan: Plan) -> tuple[int, int]:
     """Pixels of cores and of their windows, as if all pixels of the tiles' bounds were valid."""
     core_px = seen_px = 0
     for block in plan.blocks():
@@ -540,7 +540,7 @@ def seconds_of(plan: Plan) -> float:
     predictor.predict(image[:, :warm, :warm], valid[:warm, :warm])
     start = time.perf_counter()
     predictor.predict(image, valid)
-    return (time.perf_counter() - start) / side**2 * _pixels_seen(plan)[1] / plan.workers.count
+    return (time.perf_counter() - start) / side**2 * pixels_seen(plan)[1] / plan.workers.count
 
 
 def _check_disk(output: Path, tiles: Sequence[Tile], bands: int) -> None:

@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,18 @@ from rich.console import Console
 from segpipe.tasks.errors import RunError, UserError
 from segpipe.tasks.grid import Window
 from segpipe.tasks.predict import INVALID
+from segpipe.tasks.read import read_window
 from segpipe.tasks.validity import scan_tile
 from segpipe.tasks.vectorize import Buildings, finished_from_bytes, mask_of, publishable
 
-from . import manifest, publish
+from . import manifest, publish, report
 from .cluster import Pool, open_pool
 from .config import CityConfig
 from .flow import Block, Flow, run_joins
-from .plan import Plan, describe, ground_pixel_m, make_plan, seconds_of
+from .inputs import versions
+from .plan import Plan, describe, ground_pixel_m, make_plan, pixels_seen, seconds_of
 from .progress import Listener, StageSums, watching
-from .stages import Receipt, Site, read_fragment, read_joined, read_probability, tile_unit
+from .stages import Receipt, Site, cell_unit, read_fragment, read_joined, read_probability, tile_unit
 from .store import Store, locked, prepare_store, remove_leftovers, write_bytes, write_json
 
 SETTLED = "settled.json"
@@ -76,6 +79,7 @@ def map_city(config: CityConfig, console: Console, scheduler: str | None = None,
         write_json(output / SETTLED, {"lattice": asdict(plan.lattice), "block_px": plan.block_px})
         prepare_store(output, plan.layout)
         published = run_plan(config, plan, listener, scheduler)
+        write_preview_and_report(config, plan, published)
         manifest.write_manifest(config, plan, state, published, listener.stages)
         drop_store(config, plan)
     return published
@@ -299,6 +303,68 @@ def _first_pixel_in(buildings: Buildings, window: Window) -> Buildings:
 
 def _one(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
     return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
+
+
+OUTPUTS = (
+    ("mask.tif", "1 building, 0 not, 255 nodata"),
+    ("probability.tif", "0 to 250 for 0 to 1, 255 nodata"),
+    ("preview.png", "footprints over the imagery"),
+    ("manifest.json", "versions, recipe, digests, counts"),
+    ("tasks.jsonl", "a line a task: seconds, bytes, worker"),
+    ("city.yaml", "the resolved configuration"),
+)
+
+
+def write_preview_and_report(config: CityConfig, plan: Plan, published: Published) -> None:
+    """Draw the footprints over the imagery, and say on one page what was done."""
+    site, folder = Site(plan), plan.output
+    preview = folder / "preview.png"
+    report.write_preview(
+        preview,
+        lambda window: _image(site, window),
+        lambda window: read_probability(site, window) != INVALID,
+        plan.bounds,
+        plan.lattice,
+        published.geopackage,
+    )
+    core_px, seen_px = pixels_seen(plan)
+    page = report.Report(
+        name=plan.name,
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=plan.model.stem,
+        plan=tuple(describe(plan)),
+        recipe=tuple((name, str(value)) for name, value in asdict(plan.recipe).items()),
+        config_yaml=config.resolved_yaml(),
+        tiles=len(plan.tiles),
+        chunks=sum(1 for _ in plan.chunks()),
+        blocks=sum(1 for _ in plan.blocks()),
+        buildings=published.buildings,
+        buildings_m2=published.buildings_m2,
+        valid_px=published.valid_px,
+        pixel_m=ground_pixel_m(plan.lattice, plan.bounds),
+        invalid_px=tuple(published.validity.items()),
+        halo_px=plan.recipe.halo_px,
+        extra_pixels=seen_px / core_px - 1,
+        stages=tuple(
+            report.StageTime(name, it.units, it.reused, it.seconds, it.wall_s, it.pixels)
+            for name, it in published.stages.items()
+        ),
+        skipped=tuple(published.skipped.items()),
+        warnings=plan.notes,
+        versions=tuple(versions().items()),
+        outputs=((published.geopackage.name, "the footprints, layer buildings"), *OUTPUTS),
+    )
+    report.write_report(folder / "report.html", page, preview)
+
+
+def _image(site: Site, window: Window) -> NDArray[np.uint8]:
+    """The imagery of a window: from the store, or, where that was not kept, from the tiles."""
+    plan = site.plan
+    chunks = plan.chunks_in(window)
+    if all(site.ledger.entry("read", cell_unit(*chunk)) is not None for chunk in chunks):
+        return site.store.read("image", window, 0)
+    tiles = [plan.tiles[tile] for tile in plan.tiles_in(window)]
+    return read_window(tiles, window, lambda tile, part: None)[0]
 
 
 def drop_store(config: CityConfig, plan: Plan) -> None:
