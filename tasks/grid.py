@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from affine import Affine
 from numpy.typing import NDArray
-from pyproj import CRS, Proj
+from pyproj import CRS, Transformer
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,20 +141,28 @@ class Lattice:
         """
         x = self.phase_x + np.asarray(col, np.float64) * self.pixel_size
         y = self.phase_y - np.asarray(row, np.float64) * self.pixel_size
-        lon, lat = self._proj(x * self._metres_per_unit, y * self._metres_per_unit, inverse=True)
-        areal = np.asarray(self._proj.get_factors(lon, lat).areal_scale, np.float64)
-        side: NDArray[np.float64] = self.pixel_size * self._metres_per_unit / np.sqrt(areal)
+        # Measured on the ellipsoid over a few pixels: PROJ's own factors take Web Mercator for one of a sphere, which
+        # is 7 in 10,000 off in area.
+        step = 8 * self.pixel_size
+        steps = ((-step, 0.0), (step, 0.0), (0.0, -step), (0.0, step))
+        ends = np.asarray([self._to_degrees.transform(x + dx, y + dy) for dx, dy in steps], np.float64)
+        lon, lat = np.deg2rad(ends[:, 0]), np.deg2rad(ends[:, 1])
+        a, b = self._semi_axes_m
+        cos = np.cos(lat.mean(axis=0))
+        root = a**2 * cos**2 + b**2 * (1 - cos**2)
+        # Metres east and north of a step along x and along y, by the radii of curvature of the parallel and meridian.
+        east = ((lon[1::2] - lon[::2] + np.pi) % (2 * np.pi) - np.pi) * cos * a**2 / np.sqrt(root)
+        north = (lat[1::2] - lat[::2]) * (a * b) ** 2 / root**1.5
+        side: NDArray[np.float64] = np.sqrt(np.abs(east[0] * north[1] - east[1] * north[0])) / 16
         return side
 
     @cached_property
-    def _crs(self) -> CRS:
-        return CRS.from_wkt(self.crs_wkt)
+    def _to_degrees(self) -> Transformer:
+        crs = CRS.from_wkt(self.crs_wkt)
+        return Transformer.from_crs(crs, crs.geodetic_crs or "EPSG:4326", always_xy=True)
 
     @cached_property
-    def _metres_per_unit(self) -> float:
-        return float(self._crs.axis_info[0].unit_conversion_factor)
-
-    @cached_property
-    def _proj(self) -> Proj:
-        # Proj keeps the projection of the CRS and gives metres whatever the unit, hence the factor above.
-        return Proj(self._crs.to_dict() | {"units": "m"} if self._metres_per_unit != 1.0 else self._crs)
+    def _semi_axes_m(self) -> tuple[float, float]:
+        ellipsoid = CRS.from_wkt(self.crs_wkt).ellipsoid
+        assert ellipsoid is not None, "a CRS of the Earth has an ellipsoid"
+        return float(ellipsoid.semi_major_metre), float(ellipsoid.semi_minor_metre)
