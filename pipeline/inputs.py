@@ -25,6 +25,8 @@ def find_images(patterns: tuple[str, ...], base: CityConfig | Path, key: str = "
     A VRT stands for the list of its sources. UserError if a pattern matches nothing, or a file is named twice.
     """
     folder = base.file.parent.absolute() if isinstance(base, CityConfig) else base
+    # What a run has published is no tile of the next, even where a glob goes through all folders.
+    output = base.path(base.output).resolve() if isinstance(base, CityConfig) else None
     found: list[Path] = []
     for pattern in patterns:
         start = (folder / Path(pattern).expanduser()).resolve()
@@ -35,6 +37,7 @@ def find_images(patterns: tuple[str, ...], base: CityConfig | Path, key: str = "
         else:
             anchor = Path(start.anchor)
             matches = [p for p in anchor.glob(str(start.relative_to(anchor))) if p.is_file()]
+            matches = [p for p in matches if output is None or not p.is_relative_to(output)]
         if not matches:
             raise UserError(f"{key}: {pattern} matches no file in {folder}; expected a glob, a list, a folder or a VRT")
         for match in sorted(matches, key=_natural):
