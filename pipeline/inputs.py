@@ -17,6 +17,7 @@ from .config import CityConfig
 
 RASTERS = frozenset({".tif", ".tiff", ".jp2", ".vrt", ".png", ".jpg", ".jpeg", ".img"})
 """Endings that count as imagery where a folder is named."""
+PUBLISHED = ("mask.tif", "probability.tif", "preview.png")
 
 
 def find_images(patterns: tuple[str, ...], base: CityConfig | Path, key: str = "images") -> tuple[Path, ...]:
@@ -26,7 +27,8 @@ def find_images(patterns: tuple[str, ...], base: CityConfig | Path, key: str = "
     """
     folder = base.file.parent.absolute() if isinstance(base, CityConfig) else base
     # What a run has published is no tile of the next, even where a glob goes through all folders.
-    output = base.path(base.output).resolve() if isinstance(base, CityConfig) else None
+    output = base.path(base.output).resolve() if isinstance(base, CityConfig) else folder
+    published = {output / name for name in PUBLISHED} if isinstance(base, CityConfig) else set()
     found: list[Path] = []
     for pattern in patterns:
         start = (folder / Path(pattern).expanduser()).resolve()
@@ -37,7 +39,7 @@ def find_images(patterns: tuple[str, ...], base: CityConfig | Path, key: str = "
         else:
             anchor = Path(start.anchor)
             matches = [p for p in anchor.glob(str(start.relative_to(anchor))) if p.is_file()]
-            matches = [p for p in matches if output is None or not p.is_relative_to(output)]
+            matches = [p for p in matches if p not in published]
         if not matches:
             raise UserError(f"{key}: {pattern} matches no file in {folder}; expected a glob, a list, a folder or a VRT")
         for match in sorted(matches, key=_natural):
