@@ -65,6 +65,10 @@ class Batch:
     target_BKHW: Tensor
     valid_BHW: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        return Batch(self.image_BCHW.to(device), self.target_BKHW.to(device), self.valid_BHW.to(device))
+
 
 def augment(
     image_BCHW: Tensor,

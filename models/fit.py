@@ -130,6 +130,17 @@ def fit(
     return Fitted(averaged, float(best["threshold"]), records)
 
 
+def lecun_uniform(network: nn.Module) -> None:
+    """LeCun's initialisation (Efficient BackProp, 1998, equation 16): weights uniform, of variance 1 / fan-in."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            fan_in = layer.weight[0].numel() if not isinstance(layer, nn.ConvTranspose2d) else layer.weight.shape[0]
+            bound = math.sqrt(3 / fan_in)
+            nn.init.uniform_(layer.weight, -bound, bound)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 def _step(
     network: Network, batch: Batch, optimiser: torch.optim.Optimizer, settings: FitSettings, rate: float
 ) -> float:
@@ -139,8 +150,9 @@ def _step(
             layer.eval()
     for group in optimiser.param_groups:
         group["lr"] = rate * group["full_lr"]
-    device = batch.image_BCHW.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+    device = next(network.parameters()).device
+    batch = batch.to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
         logits_BKHW = network(batch.image_BCHW)
     loss = bce_jaccard(logits_BKHW, batch.target_BKHW, batch.valid_BHW)
     optimiser.zero_grad(set_to_none=True)

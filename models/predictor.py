@@ -60,7 +60,10 @@ class Predictor:
         self.card = bundle.card
         self.device = device
         self.dtype = torch.float32 if precision == "float32" else torch.bfloat16
-        self.network = bundle.network.eval().to(device, self.dtype).to(memory_format=torch.channels_last)
+        self.network = bundle.network.eval().to(device, self.dtype)
+        for parameter in self.network.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def predict(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
         """Probabilities of one window, prob_HW: 0 to 250 for 0 to 1, 255 where the pixel is invalid."""

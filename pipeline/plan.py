@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -53,7 +53,7 @@ class Recipe:
     """What a number depends on besides pixels and weights. Part of what "done" means."""
 
     device: str
-    precision: str
+    precision: Literal["float32", "bfloat16"]
     mode: str
     threads: int
     torch: str
