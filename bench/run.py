@@ -26,7 +26,7 @@ from affine import Affine
 
 
 def repeat_tiles(tiles: Path, folder: Path, times: int) -> None:
-    """Copy tiles times x times, each copy shifted by whole pixels of the lattice; the pixels stay as they are encoded."""
+    """Copy tiles times x times, each copy shifted by whole pixels of the lattice; pixels stay as they are encoded."""
     folder.mkdir(parents=True)
     paths = sorted(tiles.glob("*.tif"))
     bounds = []

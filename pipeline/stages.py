@@ -239,7 +239,7 @@ def predict(site: Site, row: int, col: int, key: str) -> Receipt:
     valid_px = int(np.count_nonzero(prob_HW != INVALID))
     site.ledger.record("predict", unit, key, checksum=sums, valid_px=valid_px)
     values = {"valid_px": valid_px, "seen_px": seen_px, "seconds_network": seconds_network}
-    return Receipt("predict", unit, core.pixels, len(sums) * plan.chunk_px**2, time.perf_counter() - start, values)
+    return Receipt("predict", unit, valid_px, len(sums) * plan.chunk_px**2, time.perf_counter() - start, values)
 
 
 def vectorize(site: Site, row: int, col: int, key: str) -> Receipt:
@@ -260,7 +260,7 @@ def vectorize(site: Site, row: int, col: int, key: str) -> Receipt:
         "border": len(fragment.border),
     }
     site.ledger.record("vectorize", unit, key, checksum=zlib.crc32(data), **values)
-    return Receipt("vectorize", unit, core.pixels, len(data), time.perf_counter() - start, values)
+    return Receipt("vectorize", unit, fragment.valid_pixels, len(data), time.perf_counter() - start, values)
 
 
 def join(site: Site, row: int, col: int, key: str, joins: Joins, blocks: tuple[tuple[int, int], ...]) -> Receipt:
