@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +18,16 @@ import rasterio
 import yaml
 from affine import Affine
 from numpy.typing import NDArray
+from rich.console import Console
 from scipy.ndimage import uniform_filter
 
 from segpipe.models.networks import build_network
 from segpipe.models.weights import Card, Reach, save_bundle
+from segpipe.pipeline import run
+from segpipe.pipeline.cluster import InProcess, Outcome
+from segpipe.pipeline.config import load_city
+from segpipe.pipeline.plan import Plan
+from segpipe.pipeline.publish import rows_digest
 
 RESOLUTION = 0.3
 STRIDE, HALO = 32, 32
@@ -154,3 +164,83 @@ def make_city(tmp_path: Path, bundle: Path) -> Callable[..., City]:
         return City(config, image)
 
     return make
+
+
+class Interrupted(InProcess):
+    """A pool that is killed when so many tasks have ended."""
+
+    left = 0
+
+    def next(self) -> Outcome:
+        if type(self).left <= 0:
+            raise KeyboardInterrupt
+        type(self).left -= 1
+        return super().next()
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch, fake_network: type[FakePredictor]) -> type[FakePredictor]:
+    """Runs of this test work in this process, with FakePredictor and without Dask."""
+    from segpipe.models import field
+
+    @contextmanager
+    def open_pool(plan: Plan, scheduler: str | None) -> Iterator[InProcess]:
+        yield InProcess(plan)
+
+    monkeypatch.setattr(run, "open_pool", open_pool)
+    monkeypatch.setattr(field, "peak_bytes_per_px", lambda network, dtype: 500.0)
+    return fake_network
+
+
+@pytest.fixture
+def killed_after(monkeypatch: pytest.MonkeyPatch, in_process: type[FakePredictor]) -> Callable[[Path, int], bool]:
+    """Run a city and kill it when so many tasks have ended. Returns False if the run was done before."""
+
+    def kill(config: Path, tasks: int) -> bool:
+        @contextmanager
+        def open_pool(plan: Plan, scheduler: str | None) -> Iterator[InProcess]:
+            yield Interrupted(plan)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "open_pool", open_pool)
+            patch.setattr(Interrupted, "left", tasks)
+            try:
+                map_it(config)
+            except KeyboardInterrupt:
+                return True
+        return False
+
+    return kill
+
+
+def map_it(config: Path, *overrides: str, fresh: bool = False) -> run.Published:
+    """`segpipe run`, without the command line."""
+    return run.map_city(load_city(config, overrides), Console(file=StringIO()), fresh=fresh)
+
+
+def outputs(folder: Path) -> dict[str, Any]:
+    """What must not depend on how the work was cut: rows of buildings.gpkg in order, pixels of the rasters, place."""
+    found: dict[str, Any] = {"rows": rows_digest(folder / "buildings.gpkg")}
+    for name in ("mask", "probability"):
+        with rasterio.open(folder / f"{name}.tif") as raster:
+            found[name] = raster.read(1).tobytes()
+            found[f"{name} place"] = (raster.shape, raster.transform, raster.crs.to_wkt(), raster.nodata)
+    return found
+
+
+def raster(path: Path) -> NDArray[np.uint8]:
+    """Band 1 of a raster."""
+    with rasterio.open(path) as dataset:
+        pixels: NDArray[np.uint8] = dataset.read(1)
+        return pixels
+
+
+def tasks_done(folder: Path) -> Counter[tuple[str, str]]:
+    """How often each unit of each stage was done, over all runs in a folder."""
+    records = [json.loads(line) for line in (folder / "tasks.jsonl").read_text().splitlines()]
+    return Counter((it["stage"], it["unit"]) for it in records if "error" not in it)
+
+
+def stages_since(folder: Path, before: Counter[tuple[str, str]]) -> Counter[str]:
+    """Units done since, by stage."""
+    return Counter(stage for stage, _ in (tasks_done(folder) - before).elements())
