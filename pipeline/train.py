@@ -1,8 +1,4 @@
-"""The story of training, top to bottom: plan, read, sample, fit, evaluate. The result is a bundle that `run` takes.
-
-Areas are planned and read as cities are: tiles on one lattice, validity per tile, chunks of a Zarr store. Labels lie in
-a store of their own, on the same lattice, one band of 0 and 1.
-"""
+"""The story of training, top to bottom: plan, read, sample, fit, evaluate. The result is a bundle that `run` takes."""
 
 from __future__ import annotations
 
@@ -15,11 +11,8 @@ from dataclasses import astuple, dataclass
 from io import StringIO
 from pathlib import Path
 
-import geopandas as gpd
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from rasterio.features import rasterize
 from rich.console import Console
 
 from segpipe.models.augment import Augmentation, Batch, Normalisation, augment
@@ -30,65 +23,18 @@ from segpipe.models.networks import Network, build_network
 from segpipe.models.predictor import Precision, Predictor, fast_bfloat16, resolve_device
 from segpipe.models.weights import Bundle, Card, load_bundle, load_encoder, save_bundle
 from segpipe.tasks.errors import UserError
-from segpipe.tasks.grid import Lattice, Window
+from segpipe.tasks.grid import Window
 from segpipe.tasks.predict import predict_core, reach
-from segpipe.tasks.read import Tile, file_stamp, read_window
 from segpipe.tasks.sample import Area, CropSampler
-from segpipe.tasks.validity import min_pixels, scan_tile
 
+from .areas import common_resolution, plan_area, read_area
 from .config import AreaConfig, TrainConfig
-from .inputs import find_images
-from .plan import check_output, ground_pixel_m, key_of, place_lattice, place_tile, read_headers
+from .plan import check_output
 from .progress import terminal
-from .store import Layout, Ledger, Store, locked, prepare_store, write_bytes
+from .store import locked, write_bytes
 
-CHUNK_PX = 512
-NODATA_MIN_M2 = 1000.0
-VECTORS = frozenset({".gpkg", ".geojson", ".json", ".shp", ".fgb"})
 CORE_PX = 1024
 """Validation areas are predicted in cores of this size, with the exact halo: as `run` would."""
-WORST_RESOLUTION = 1.1
-"""Areas may differ by this factor in resolution; more is for the scale of the crops to teach."""
-
-
-@dataclass(frozen=True)
-class AreaPlan:
-    """One labelled area: its tiles and label tiles (or footprints) on one lattice, and where it is read to."""
-
-    name: str
-    folder: Path
-    tiles: tuple[Tile, ...]
-    label_tiles: tuple[Tile, ...]
-    footprints: tuple[Path, ...]
-    lattice: Lattice
-    bounds: Window
-
-    @property
-    def grid(self) -> Window:
-        """The bounds, snapped to whole chunks."""
-        return self.bounds.snap(CHUNK_PX)
-
-    @property
-    def resolution_m(self) -> float:
-        """Ground metres of a pixel."""
-        return ground_pixel_m(self.lattice, self.bounds)
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """One array of a store as something to be sliced: rows and columns are counted from the grid's corner."""
-
-    store: Store
-    array: str
-    shape: tuple[int, ...]
-
-    def __getitem__(self, key: tuple[slice, ...]) -> NDArray[np.uint8]:
-        """The values in the slices, read from the chunks that they meet."""
-        rows, cols = key[-2:]
-        grid = self.store.grid
-        window = Window.between(rows.start, cols.start, rows.stop, cols.stop)
-        window = Window(grid.row_off + window.row_off, grid.col_off + window.col_off, *window.shape_yx)
-        return self.store.read(self.array, window, 0)
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
@@ -149,161 +95,12 @@ def initial_network(config: TrainConfig) -> Network:
     return network
 
 
-def plan_area(config: TrainConfig, area: AreaConfig, folder: Path) -> AreaPlan:
-    """Place an area's images and labels on one lattice. UserError where they do not fit."""
-    base = config.file.parent.absolute()
-    images = find_images(area.images, base, "areas.images")
-    labels = find_images(area.labels, base, "areas.labels")
-    footprints = tuple(path for path in labels if path.suffix.lower() in VECTORS)
-    if footprints and len(footprints) < len(labels):
-        raise UserError(f"areas.labels: {', '.join(area.labels)}: rasters and footprints; expected one kind an area")
-    headers, _ = read_headers(images, skip=False)
-    for header in headers:
-        if header.dtype != "uint8" or header.bands < max(config.bands):
-            raise UserError(
-                f"{header.path}: {header.bands} bands of {header.dtype}; expected uint8 and band {max(config.bands)}"
-            )
-    label_headers = () if footprints else read_headers(labels, skip=False)[0]
-    lattice = place_lattice([*headers, *label_headers], None)
-    tiles = tuple(place_tile(header, lattice, config.bands, area.nodata, "auto") for header in headers)
-    # A mask's own nodata value is ignored: it is often 0, which here is a label. Its alpha band counts.
-    label_tiles = tuple(place_tile(header, lattice, (1,), (), 0.0) for header in label_headers)
-    bounds = tiles[0].window
-    for tile in tiles[1:]:
-        bounds = bounds.union(tile.window)
-    return AreaPlan(Path(tiles[0].path).stem, folder, tiles, label_tiles, footprints, lattice, bounds)
-
-
-def common_resolution(plans: Sequence[AreaPlan]) -> float:
-    """The median resolution of the areas in ground metres. UserError where one is far off."""
-    metres = float(np.median([plan.resolution_m for plan in plans]))
-    for plan in plans:
-        if not metres / WORST_RESOLUTION <= plan.resolution_m <= metres * WORST_RESOLUTION:
-            raise UserError(
-                f"{plan.tiles[0].path}: {plan.resolution_m:.3g} m a pixel on the ground, but the median area has"
-                f" {metres:.3g} m; expected one resolution; cure: gdalwarp -tr {metres:g} {metres:g} -r average"
-            )
-    return metres
-
-
 def keep_config(config: TrainConfig, output: Path) -> None:
     """Write the resolved configuration, or compare with the one of the training that is to go on."""
     text, path = config.resolved_yaml(), output / "train.yaml"
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise UserError(f"{path}: of another training; expected the same settings to go on; cure: another `output:`")
     write_bytes(path, text.encode())
-
-
-def read_area(plan: AreaPlan) -> Area:
-    """Read an area into chunks, once, and give it as something to draw crops from."""
-    layout = Layout(plan.lattice, plan.grid, CHUNK_PX, len(plan.tiles[0].bands))
-    label_folder = plan.folder / "labels"
-    sources = [tile.path for tile in (*plan.tiles, *plan.label_tiles)] + [str(path) for path in plan.footprints]
-    key = key_of(layout, plan.tiles, plan.label_tiles, [(source, file_stamp(source)) for source in sources])
-    ledger = Ledger(plan.folder)
-    known = ledger.done("read", "area", key)
-    store = prepare_store(plan.folder, layout)
-    label_store = prepare_store(label_folder, Layout(plan.lattice, plan.grid, CHUNK_PX, 1))
-    if known is None:
-        least = min_pixels(NODATA_MIN_M2, plan.resolution_m**2)
-        count, box = 0, None
-        invalid = {tile.path: _invalid_pieces(tile, least) for tile in (*plan.tiles, *plan.label_tiles)}
-        shapes = _shapes(plan)
-        for row, col in plan.grid.cells(CHUNK_PX):
-            window = Window.cell(row, col, CHUNK_PX)
-            image_CHW, valid_HW = read_window(plan.tiles, window, lambda tile, part: _at(invalid[tile.path], part))
-            label_HW, labelled_HW = _labels(plan, window, shapes, invalid)
-            valid_HW &= labelled_HW
-            store.write_chunk("image", row, col, image_CHW)
-            store.write_chunk("valid", row, col, valid_HW.astype(np.uint8))
-            label_store.write_chunk("image", row, col, label_HW[None])
-            if valid_HW.any():
-                count += int(np.count_nonzero(valid_HW))
-                rows, cols = np.flatnonzero(valid_HW.any(axis=1)), np.flatnonzero(valid_HW.any(axis=0))
-                ends = (int(rows[0]), int(cols[0]), int(rows[-1]) + 1, int(cols[-1]) + 1)
-                off = (window.row_off - plan.grid.row_off, window.col_off - plan.grid.col_off)
-                part = Window.between(*(end + off[i % 2] for i, end in enumerate(ends)))
-                box = part if box is None else box.union(part)
-        if box is None:
-            raise UserError(f"{plan.tiles[0].path}: no pixel is both valid and labelled; expected some to learn from")
-        ledger.record("read", "area", key, valid_px=count, window=[box.row_off, box.col_off, *box.shape_yx])
-        known = ledger.done("read", "area", key)
-    assert known is not None
-    shape = store.grid.shape_yx
-    return Area(
-        plan.name,
-        Pixels(store, "image", (layout.bands, *shape)),
-        # The label is a band of its store, of which a crop wants the one plane.
-        _Plane(Pixels(label_store, "image", (1, *shape))),
-        Pixels(store, "valid", shape),
-        Window(*known["window"]),
-        int(known["valid_px"]),
-    )
-
-
-@dataclass(frozen=True)
-class _Plane:
-    """The only band of an array of one."""
-
-    pixels: Pixels
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(H, W)."""
-        return self.pixels.shape[1:]
-
-    def __getitem__(self, key: tuple[slice, ...]) -> NDArray[np.uint8]:
-        """The values in the slices."""
-        plane: NDArray[np.uint8] = self.pixels[key][0]
-        return plane
-
-
-Pieces = list[tuple[Window, NDArray[np.bool_]]]
-
-
-def _invalid_pieces(tile: Tile, least: int) -> Pieces:
-    pieces: Pieces = []
-    if tile.nodata or tile.mask != "none":
-        scan_tile(tile, least, lambda window, mask: pieces.append((window, mask)), CHUNK_PX)
-    return pieces
-
-
-def _at(pieces: Pieces, window: Window) -> NDArray[np.bool_] | None:
-    invalid: NDArray[np.bool_] | None = None
-    for piece, mask in pieces:
-        common = piece.intersect(window)
-        if common.pixels:
-            invalid = np.zeros(window.shape_yx, np.bool_) if invalid is None else invalid
-            invalid[common.within(window)] = mask[common.within(piece)]
-    return invalid
-
-
-def _shapes(plan: AreaPlan) -> gpd.GeoSeries | None:
-    """Footprints in the CRS of the lattice; None where the labels are rasters."""
-    if not plan.footprints:
-        return None
-    parts = []
-    for path in plan.footprints:
-        frame = gpd.read_file(path)
-        if frame.crs is None:
-            raise UserError(f"{path}: no CRS; expected one, so that the footprints can be put on the images")
-        parts.append(frame.geometry.to_crs(plan.lattice.crs_wkt))
-    shapes = gpd.GeoSeries(np.concatenate([part.to_numpy() for part in parts]), crs=plan.lattice.crs_wkt)
-    return shapes[~(shapes.is_empty | shapes.isna())]
-
-
-def _labels(
-    plan: AreaPlan, window: Window, shapes: gpd.GeoSeries | None, invalid: dict[str, Pieces]
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """label_HW, 1 for buildings (pixels whose centre lies in a footprint), and labelled_HW, where there is a label."""
-    if shapes is None:
-        band_CHW, labelled_HW = read_window(plan.label_tiles, window, lambda tile, part: _at(invalid[tile.path], part))
-        return (band_CHW[0] != 0).astype(np.uint8), labelled_HW
-    xmin, ymin, xmax, ymax = plan.lattice.bounds(window)
-    near = shapes.cx[xmin:xmax, ymin:ymax]
-    transform = plan.lattice.transform(window.row_off, window.col_off)
-    burnt = rasterize(near, window.shape_yx, transform=transform, dtype="uint8") if len(near) else 0
-    return np.zeros(window.shape_yx, np.uint8) + burnt, np.ones(window.shape_yx, np.bool_)
 
 
 @dataclass(frozen=True)

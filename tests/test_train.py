@@ -11,8 +11,9 @@ from shapely.affinity import affine_transform
 from shapely.geometry import box
 
 from segpipe.models.weights import load_bundle
+from segpipe.pipeline.areas import common_resolution, plan_area, read_area
 from segpipe.pipeline.config import load_train
-from segpipe.pipeline.train import common_resolution, plan_area, read_area, train
+from segpipe.pipeline.train import train
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.sample import Area, CropSampler
 
@@ -46,7 +47,7 @@ def write_area(folder, name, height, width, seed):
 @pytest.fixture
 def job(tmp_path):
     """A folder with two labelled areas and a train.yaml for two steps of two crops of 64 px."""
-    images = {name: write_area(tmp_path, name, *shape) for name, *shape in (("a", 130, 150, 1), ("b", 70, 90, 2))}
+    images = {name: write_area(tmp_path, name, *shape) for name, *shape in (("a", 130, 150, 1), ("b", 40, 50, 2))}
     (tmp_path / "train.yaml").write_text(
         """
 name: tiny
