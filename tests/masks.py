@@ -108,17 +108,21 @@ def cities(draw: st.DrawFn, largest: int = 200) -> tuple[NDArray[np.uint8], Wind
 
 
 def cut(window: Window, rng: np.random.Generator, smallest: int = 3, largest: int = 64) -> list[Window]:
-    """Blocks of a window: a regular grid of the lattice, an uneven grid, or rows of blocks each cut in its own way."""
-    kind = rng.integers(3)
-    if kind == 0:
+    """Blocks of a window: the lattice's own, an uneven grid, or rows or columns of blocks each cut in its own way."""
+    kind = rng.choice(["lattice", "grid", "rows", "columns"])
+    if kind == "lattice":
         step = int(rng.integers(smallest, largest + 1))
         return [Window.cell(row, col, step) for row, col in window.cells(step)]
+    rows = _steps(window.row_off, window.row_stop, rng, smallest, largest)
     cols = _steps(window.col_off, window.col_stop, rng, smallest, largest)
     blocks = []
-    for row, row_stop in _steps(window.row_off, window.row_stop, rng, smallest, largest):
-        if kind == 2:
-            cols = _steps(window.col_off, window.col_stop, rng, smallest, largest)
-        blocks += [Window.between(row, col, row_stop, col_stop) for col, col_stop in cols]
+    for first, first_stop in cols if kind == "columns" else rows:
+        if kind == "columns":
+            rows = _steps(window.row_off, window.row_stop, rng, smallest, largest)
+            blocks += [Window.between(row, first, row_stop, first_stop) for row, row_stop in rows]
+        else:
+            cols = _steps(window.col_off, window.col_stop, rng, smallest, largest) if kind == "rows" else cols
+            blocks += [Window.between(first, col, first_stop, col_stop) for col, col_stop in cols]
     return blocks
 
 

@@ -228,6 +228,23 @@ def test_no_buildings_are_a_table_without_rows():
     assert len(Buildings.concatenate([])) == 0
 
 
+def test_a_wall_that_a_hole_leans_on_is_not_simplified_through_the_hole():
+    prob = drawn(
+        ["." * 22]
+        + [".......########......."]
+        + [".......#......#......."]
+        + [".#######......#######."] * 3
+        + [".####################."] * 6
+        + ["." * 22]
+    )
+    window = Window(-15_000, 1_000_000, *prob.shape)
+    raw, simple = (finished(prob, window, VectorSettings(THRESHOLD, 0, 0, s)) for s in (0, 0.75))
+    without_bump = shapely.simplify(raw.geometry[0].exterior, 2.5, preserve_topology=False)
+    assert not shapely.is_valid(shapely.Polygon(without_bump, raw.geometry[0].interiors))
+    assert shapely.is_valid(simple.geometry[0])
+    assert len(simple.geometry[0].interiors) == 1
+
+
 def test_an_outline_of_too_many_corners_for_the_slow_way_is_left_as_it_is(monkeypatch):
     monkeypatch.setattr(vectorize, "_TOPOLOGY_CORNERS", 100)
     rng = np.random.default_rng(3)
