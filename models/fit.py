@@ -131,14 +131,21 @@ def fit(
 
 
 def lecun_uniform(network: nn.Module) -> None:
-    """LeCun's initialisation (Efficient BackProp, 1998, equation 16): weights uniform, of variance 1 / fan-in."""
+    """LeCun's initialisation (Efficient BackProp, 1998, equation 16): weights uniform, of variance 1 / fan-in.
+
+    An output of a transposed convolution is made of 1 / stride of the kernel along each axis. Biases become 0.
+    """
     for layer in network.modules():
-        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-            fan_in = layer.weight[0].numel() if not isinstance(layer, nn.ConvTranspose2d) else layer.weight.shape[0]
-            bound = math.sqrt(3 / fan_in)
-            nn.init.uniform_(layer.weight, -bound, bound)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        if isinstance(layer, nn.ConvTranspose2d):
+            fan_in = layer.weight[:, 0].numel() / math.prod(layer.stride)
+        elif isinstance(layer, nn.Conv2d | nn.Linear):
+            fan_in = layer.weight[0].numel()
+        else:
+            continue
+        bound = math.sqrt(3 / fan_in)
+        nn.init.uniform_(layer.weight, -bound, bound)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def _step(

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from segpipe.models.augment import Augmentation, Normalisation, augment
-from segpipe.models.fit import FitSettings, fit
+from segpipe.models.fit import FitSettings, fit, lecun_uniform
 from segpipe.models.metrics import histogram
 from segpipe.models.networks import build_network
 
@@ -164,3 +164,20 @@ def test_borders_and_holes_are_filled_in_about_the_share_of_crops_that_was_asked
     batch = augment(image, label, valid, 16, settings, NORMAL, np.random.default_rng(0))
     filled = (~batch.valid_BHW).flatten(1).any(1).float().mean().item()
     assert 0.22 < filled < 0.38
+
+
+@pytest.mark.parametrize(
+    ("layer", "side"),
+    [
+        (torch.nn.Conv2d(64, 64, 3, padding=1), 32),
+        (torch.nn.ConvTranspose2d(64, 64, 3, 2, 1, 1), 32),
+        (torch.nn.ConvTranspose2d(64, 64, 2, 2), 32),
+    ],
+)
+def test_lecun_initialisation_keeps_the_variance_of_what_goes_through_a_layer(layer, side):
+    torch.manual_seed(0)
+    lecun_uniform(layer)
+    with torch.no_grad():
+        inside = layer(torch.randn(4, 64, side, side))[:, :, 4:-4, 4:-4]
+    assert inside.var().item() == pytest.approx(1, abs=0.08)
+    assert not layer.bias.any()
