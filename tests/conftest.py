@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,11 @@ class City:
     config: Path
     image_CHW: NDArray[np.uint8]
 
+    @property
+    def folder(self) -> Path:
+        """Where its YAML, its tiles and its runs lie."""
+        return self.config.parent
+
     def set(self, **changes: Any) -> Path:
         """A copy of the city's YAML with other values."""
         data = yaml.safe_load(self.config.read_text()) | changes
@@ -138,32 +144,35 @@ class City:
         return path
 
 
+def write_city(
+    folder: Path, bundle: Path, rows: int = 2, cols: int = 2, tile_px: int = 300, seed: int = 0, **settings: Any
+) -> City:
+    """Write a city of (rows, columns) tiles with a black hole in it, and its city.yaml."""
+    image = draw_blobs(rows * tile_px, cols * tile_px, seed)
+    image[:, 40:160, 50:200] = 0
+    for number in range(rows * cols):
+        r, c = divmod(number, cols)
+        part = image[:, r * tile_px : (r + 1) * tile_px, c * tile_px : (c + 1) * tile_px]
+        place = (ORIGIN[0] + r * tile_px, ORIGIN[1] + c * tile_px)
+        write_tile(folder / "tiles" / f"tile{number + 1}.tif", part, *place)
+    config = folder / "city.yaml"
+    data: dict[str, Any] = {
+        "name": "tiny",
+        "images": "tiles/*.tif",
+        "model": str(bundle),
+        "output": "run",
+        "nodata": 0,
+        "grid": {"chunk_px": 128, "block_px": 256},
+        "vectorize": {"min_area_m2": 2},
+    }
+    config.write_text(yaml.safe_dump(data | settings))
+    return City(config, image)
+
+
 @pytest.fixture
 def make_city(tmp_path: Path, bundle: Path) -> Callable[..., City]:
-    """Write a city of (rows, columns) tiles with a black hole in it, and its city.yaml."""
-
-    def make(rows: int = 2, cols: int = 2, tile_px: int = 300, seed: int = 0, **settings: Any) -> City:
-        image = draw_blobs(rows * tile_px, cols * tile_px, seed)
-        image[:, 40:160, 50:200] = 0
-        for number in range(rows * cols):
-            r, c = divmod(number, cols)
-            part = image[:, r * tile_px : (r + 1) * tile_px, c * tile_px : (c + 1) * tile_px]
-            place = (ORIGIN[0] + r * tile_px, ORIGIN[1] + c * tile_px)
-            write_tile(tmp_path / "tiles" / f"tile{number + 1}.tif", part, *place)
-        config = tmp_path / "city.yaml"
-        data: dict[str, Any] = {
-            "name": "tiny",
-            "images": "tiles/*.tif",
-            "model": str(bundle),
-            "output": "run",
-            "nodata": 0,
-            "grid": {"chunk_px": 128, "block_px": 256},
-            "vectorize": {"min_area_m2": 2},
-        }
-        config.write_text(yaml.safe_dump(data | settings))
-        return City(config, image)
-
-    return make
+    """write_city in a folder of the test's own."""
+    return partial(write_city, tmp_path, bundle)
 
 
 class Interrupted(InProcess):
