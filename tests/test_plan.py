@@ -1,0 +1,321 @@
+"""What cannot be run is refused before any work, with both numbers and the cure; the rest is decided well."""
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from affine import Affine
+from conftest import ORIGIN, RESOLUTION, City, draw_blobs, write_tile
+from hypothesis import given
+from hypothesis import strategies as st
+from pyproj import CRS
+
+from segpipe.models.weights import load_bundle, save_bundle
+from segpipe.pipeline import plan as module
+from segpipe.pipeline.config import ClusterConfig, load_city
+from segpipe.pipeline.plan import Plan, describe, disk_bytes, make_plan, place_lattice, place_tile, resolve_workers
+from segpipe.tasks.errors import UserError
+from segpipe.tasks.grid import Window
+from segpipe.tasks.read import TileHeader, read_header
+
+MakeCity = Callable[..., City]
+
+pytestmark = pytest.mark.usefixtures("in_process")
+
+
+def plan_of(city: City, *overrides: str, **stored: Any) -> Plan:
+    return make_plan(load_city(city.config, overrides), stored or None)
+
+
+def refusal(city: City, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        plan_of(city, *overrides)
+    assert "\n" not in str(caught.value)
+    assert not (city.folder / "run").exists()
+    return str(caught.value)
+
+
+def tile(city: City, **options: Any) -> Path:
+    """Another tile to the east of a city of one tile."""
+    return write_tile(city.folder / "tiles" / "tile2.tif", draw_blobs(64, 64), ORIGIN[0], ORIGIN[1] + 64, **options)
+
+
+@pytest.fixture
+def city(make_city: MakeCity) -> City:
+    return make_city(1, 1, tile_px=64, grid={"chunk_px": 64, "block_px": 64})
+
+
+def shifted(**changes: float) -> Affine:
+    """The transform of the second tile with other numbers in it."""
+    numbers = {"a": RESOLUTION, "b": 0.0, "c": 0.1 + (ORIGIN[1] + 64) * RESOLUTION}
+    numbers |= {"d": 0.0, "e": -RESOLUTION, "f": 0.1 - ORIGIN[0] * RESOLUTION}
+    return Affine(*(numbers | {k: numbers[k] + v for k, v in changes.items()}).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"crs": None}, ["no CRS", "images_crs:"]),
+        ({"crs": "EPSG:32634"}, ["EPSG:32634", "EPSG:32633", "tile1.tif", "gdalwarp -t_srs EPSG:32633"]),
+        ({"transform": shifted(c=0.1)}, ["0.333 px off the lattice", "gdalwarp -tap"]),
+        ({"transform": shifted(f=-0.003)}, ["0.010 px off the lattice"]),
+        ({"transform": shifted(a=0.2, e=-0.2)}, ["0.5 per pixel", "tile1.tif has 0.3", "gdalwarp -tr 0.3 0.3"]),
+        ({"transform": shifted(b=0.01, d=0.01)}, ["rotation 0.01, 0.01", "north up"]),
+        ({"transform": shifted(e=0.6)}, ["expected square ones, north up"]),
+    ],
+)
+def test_a_tile_that_does_not_fit_is_named_with_both_values_and_the_cure(
+    city: City, options: dict[str, Any], words: list[str]
+) -> None:
+    tile(city, **options)
+    message = refusal(city)
+    assert all(word in message for word in ["tile2.tif", "cure", *words]), message
+
+
+def test_a_tile_a_thousandth_off_the_lattice_is_taken(city: City) -> None:
+    tile(city, transform=shifted(c=0.0002, f=-0.0002))
+    plan = plan_of(city)
+    assert plan.tiles[1].window == Window(ORIGIN[0], ORIGIN[1] + 64, 64, 64)
+
+
+def test_tiles_of_different_band_counts_are_both_named(city: City) -> None:
+    write_tile(city.folder / "tiles" / "tile2.tif", draw_blobs(64, 64)[:1], ORIGIN[0], ORIGIN[1] + 64)
+    message = refusal(city)
+    assert all(word in message for word in ("tile2.tif: 1 bands", "tile1.tif has 3"))
+
+
+def test_bands_that_no_tile_has_are_refused(city: City) -> None:
+    assert "expected band 5 too" in refusal(city, "bands=[1, 2, 5]")
+
+
+def test_another_number_of_bands_than_the_model_takes_is_refused(city: City) -> None:
+    message = refusal(city, "bands=[1]")
+    assert "takes 3 (red, green, blue)" in message
+
+
+def test_samples_of_another_type_are_refused(city: City) -> None:
+    image = draw_blobs(64, 64).astype(np.uint16)
+    write_tile(city.folder / "tiles" / "tile1.tif", image, *ORIGIN)
+    message = refusal(city)
+    assert all(word in message for word in ("uint16", "expected uint8", "gdal_translate -ot Byte"))
+
+
+def test_imagery_outside_the_models_range_is_refused(city: City) -> None:
+    place = Affine(0.1, 0, 500000, 0, -0.1, 5300000)
+    write_tile(city.folder / "tiles" / "tile1.tif", draw_blobs(64, 64), 0, 0, transform=place)
+    message = refusal(city)
+    assert all(word in message for word in ("0.1 m a pixel", "0.15 to 0.6 m", "gdalwarp -tr 0.3 0.3")), message
+
+
+def test_imagery_in_degrees_is_refused_with_the_utm_zone(city: City) -> None:
+    place = Affine(3e-6, 0, 16.37, 0, -3e-6, 48.2)
+    options = {"crs": "EPSG:4326", "transform": place}
+    write_tile(city.folder / "tiles" / "tile1.tif", draw_blobs(64, 64), 0, 0, **options)
+    assert "gdalwarp -t_srs EPSG:32633" in refusal(city)
+
+
+def test_a_crs_can_be_given_to_tiles_that_have_none(city: City) -> None:
+    write_tile(city.folder / "tiles" / "tile1.tif", draw_blobs(64, 64), *ORIGIN, crs=None)
+    assert plan_of(city, "images_crs=EPSG:32633").lattice.crs_wkt.startswith('PROJCRS["WGS 84 / UTM zone 33N"')
+    assert "EPSG:999999 is not a CRS" in refusal(city, "images_crs=EPSG:999999")
+
+
+@pytest.mark.parametrize("content", ["just a text\n", ""])
+def test_a_file_that_is_no_raster_is_named(city: City, content: str) -> None:
+    (city.folder / "tiles" / "tile2.tif").write_text(content)
+    assert "tile2.tif" in refusal(city)
+    assert list(plan_of(city, "on_tile_error=skip").left_out) == [str(city.folder / "tiles" / "tile2.tif")]
+
+
+def test_a_city_of_which_no_tile_can_be_read_is_refused_even_if_they_may_be_skipped(city: City) -> None:
+    (city.folder / "tiles" / "tile1.tif").write_text("text")
+    assert "tile1.tif" in refusal(city, "on_tile_error=skip")
+
+
+def test_a_model_that_is_none_is_refused(city: City, bundle: Path) -> None:
+    folder = city.folder
+    assert "no file" in refusal(city, "model=absent.safetensors")
+    (folder / "text.safetensors").write_text("not a bundle")
+    assert "text.safetensors: not a model bundle" in refusal(city, "model=text.safetensors")
+    (folder / "cut.safetensors").write_bytes(bundle.read_bytes()[:-100])
+    assert "the file is not whole" in refusal(city, "model=cut.safetensors")
+    import torch
+
+    torch.save({"a": torch.zeros(2)}, folder / "checkpoint.pth")
+    assert "segpipe models import" in refusal(city, "model=checkpoint.pth")
+
+
+@pytest.mark.parametrize("block_px", [65, 96, 100])
+def test_a_block_that_is_no_whole_number_of_chunks_is_refused(city: City, block_px: int) -> None:
+    message = refusal(city, f"grid.block_px={block_px}")
+    assert f"grid.block_px: {block_px}; expected a multiple of 64" in message
+
+
+def test_a_block_is_a_multiple_of_chunk_and_stride(city: City) -> None:
+    assert "expected a multiple of 160" in refusal(city, "grid.chunk_px=80", "grid.block_px=80")
+    assert plan_of(city, "grid.chunk_px=80", "grid.block_px=160").block_px == 160
+
+
+def test_a_block_that_is_too_large_for_the_memory_is_refused_with_both_numbers(city: City) -> None:
+    message = refusal(city, "grid.block_px=8192", "cluster.memory=4 GiB", "cluster.workers=2")
+    assert all(word in message for word in ("2.0 GiB a worker", "8192 px", "block_px", "workers", "cure")), message
+
+
+def test_block_px_auto_follows_the_configured_memory(make_city: MakeCity) -> None:
+    city = make_city(1, 1, tile_px=64, grid={"chunk_px": 512, "block_px": "auto"})
+    sides = [plan_of(city, f"cluster.memory={memory} GiB").block_px for memory in (3, 8, 16, 1000)]
+    assert sides == sorted(sides)
+    assert sides[0] < sides[2]
+    assert sides[-1] == module.LARGEST_AUTO_BLOCK_PX
+    for memory, side in zip((3, 8, 16), sides, strict=False):
+        assert plan_of(city, f"cluster.memory={memory} GiB").task_bytes <= memory * 2**30 / 2 or side == 512
+    assert plan_of(city, "cluster.memory=1000 GiB", block_px=1024).block_px == 1024, "what was settled stays"
+
+
+def test_what_the_machine_has_free_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for available in (1, 2**40):
+        memory = SimpleNamespace(total=2**35, available=available)
+        monkeypatch.setattr(module.psutil, "virtual_memory", lambda memory=memory: memory)
+        found.append(resolve_workers(ClusterConfig()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("text", "expected"), [("4 GiB", 2**32), ("4GB", 4 * 10**9), ("512 MiB", 2**29)])
+def test_memory_is_shared_by_the_workers(text: str, expected: int) -> None:
+    assert resolve_workers(ClusterConfig(workers=2, threads=1, memory=text)).memory_bytes == expected // 2
+
+
+def test_a_disk_that_is_too_small_is_refused_with_both_numbers(city: City, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(city.folder)._replace(free=3 * 2**20)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    message = refusal(city)
+    needed = disk_bytes(plan_without_disk(city, monkeypatch).tiles, 3) / 2**30
+    assert all(word in message for word in ("0.00 GiB free", f"expected {needed:.2f} GiB", "another `output:`"))
+
+
+def plan_without_disk(city: City, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.setattr(module, "_check_disk", lambda *_: None)
+    return plan_of(city)
+
+
+def test_an_output_that_is_a_file_or_below_one_is_refused(city: City) -> None:
+    (city.folder / "taken").write_text("")
+    assert "taken is a file" in refusal(city, "output=taken")
+    assert "taken is a file" in refusal(city, "output=taken/deeper/run")
+
+
+def test_a_halo_less_than_exact_is_told(city: City, bundle: Path) -> None:
+    assert plan_of(city).recipe.halo_px == 32
+    assert not plan_of(city).notes
+    plan = plan_of(city, "predict.halo=16")
+    assert plan.recipe.halo_px == 16
+    assert "results depend on the block size" in plan.notes[0]
+    it = load_bundle(bundle)
+    wide = it.card.model_copy(update={"halo_px": 1088, "effective_halo_px": 256})
+    save_bundle(city.folder / "wide.safetensors", it.network, wide)
+    plan = plan_of(city, "model=wide.safetensors")
+    assert plan.recipe.halo_px == 256
+    assert "results depend on the block size" in plan.notes[0]
+    assert plan_of(city, "model=wide.safetensors", "predict.halo=exact").recipe.halo_px == 1088
+
+
+@pytest.mark.parametrize(("threshold", "steps"), [(0.4, 100), (0.5, 125), (0.001, 1), (1.0, 250), (0.3999, 100)])
+def test_the_threshold_is_the_next_stored_step(city: City, threshold: float, steps: int) -> None:
+    found = plan_of(city, f"vectorize.threshold={threshold}").vector.threshold_u8
+    assert found == steps >= 250 * threshold - 1e-6
+
+
+def test_the_plan_tells_all_that_was_decided(city: City) -> None:
+    labels = dict(describe(plan_of(city)))
+    assert {"tiles", "lattice", "grid", "model", "halo", "recipe", "workers", "disk", "nodata"} <= set(labels)
+    assert "EPSG:32633" in labels["lattice"]
+    assert "32 px: " in labels["halo"]
+
+
+# The lattice
+
+
+def header(col: float, row: float, size: float, phase: tuple[float, float] = (0.0, 0.0)) -> TileHeader:
+    x, y = phase[0] + col * size, phase[1] - row * size
+    return TileHeader(
+        path=f"{col} {row}", width=5000, height=5000, bands=3, dtype="uint8", crs_wkt="EPSG:32633",
+        transform=(size, 0.0, x, 0.0, -size, y), nodata=None, lossy=False, mask="none", colours=(),
+        block_shape_yx=(256, 256), missing_bytes=0,
+    )  # fmt: skip
+
+
+COLS, ROWS = st.integers(300_000, 30_000_000), st.integers(-30_000_000, -10_000)
+
+
+@given(
+    st.lists(st.tuples(COLS, ROWS), min_size=2, max_size=6),
+    st.sampled_from([0.3, 0.25, 0.1, 1 / 3, 0.2988, 0.5]),
+    st.sampled_from([0.0, 0.1, 1e-12, 0.5, 1 / 3]),
+)
+def test_the_lattice_does_not_depend_on_which_tile_comes_first(
+    places: list[tuple[int, int]], size: float, phase: float
+) -> None:
+    headers = [header(col, row, size, (phase * size, phase * size)) for col, row in places]
+    lattices = {place_lattice([first, *headers], None) for first in headers}
+    (lattice,) = lattices
+    assert 0 <= lattice.phase_x < size
+    windows = [place_tile(it, lattice, (1, 2, 3), None, 0).window for it in headers]
+    for (col, row), window in zip(places, windows, strict=True):
+        assert (window.col_off - windows[0].col_off, window.row_off - windows[0].row_off) == (
+            col - places[0][0],
+            row - places[0][1],
+        )
+        assert lattice.transform(window.row_off, window.col_off).c == pytest.approx(phase * size + col * size, abs=1e-5)
+
+
+def test_a_stored_lattice_wins_over_the_first_tile() -> None:
+    stored = {"crs_wkt": CRS.from_epsg(32633).to_wkt(), "pixel_size": 0.3, "phase_x": 0.1, "phase_y": 0.2}
+    off = (0.1 + 0.0002, 0.2 - 0.0002)
+    assert place_lattice([header(10**6, -(10**7), 0.3, off)], None, stored).phase_x == 0.1
+    other = place_lattice([header(10**6, -(10**7), 0.25, (0.1, 0.2))], None, stored)
+    assert (other.pixel_size, other.phase_x) == (0.25, 0.1)
+
+
+def test_blocks_and_chunks_cover_all_tiles_exactly_once(make_city: MakeCity) -> None:
+    city = make_city(2, 2, tile_px=100, grid={"chunk_px": 64, "block_px": 192})
+    write_tile(city.folder / "tiles" / "far.tif", draw_blobs(30, 700), ORIGIN[0] - 500, ORIGIN[1] + 400)
+    plan = plan_of(city)
+    grid = plan.layout.grid
+    frame = grid.snap(192)
+    count = np.zeros(frame.shape_yx, np.int64)
+    for block in plan.blocks():
+        count[plan.core(*block).within(frame)] += 1
+    under = np.zeros(frame.shape_yx, np.bool_)
+    for it in plan.tiles:
+        under[it.window.within(frame)] = True
+    assert count.max() == 1
+    assert count[under].all()
+    chunks = np.zeros(frame.shape_yx, np.int64)
+    for cell in plan.chunks():
+        window = Window.cell(*cell, 64)
+        assert grid.contains(window)
+        assert under[window.within(frame)].any()
+        chunks[window.within(frame)] += 1
+    assert chunks.max() == 1
+    assert chunks[under].all()
+    assert {c for b in plan.blocks() for c in plan.chunks_in(plan.core(*b))} == set(plan.chunks())
+
+
+def test_the_grid_is_the_bounds_of_the_tiles_snapped_to_chunks(city: City) -> None:
+    tile(city)
+    plan = plan_of(city)
+    assert plan.bounds == Window(*ORIGIN, 64, 128)
+    assert plan.layout.grid == plan.bounds.snap(64)
+    assert math.prod(read_header(plan.tiles[0].path).block_shape_yx) > 0
+
+
+def test_the_real_town_fits_one_lattice(shared: Path, city: City) -> None:
+    plan = plan_of(city, f"images={shared.resolve()}/data/banepa/tiles", "nodata=[0, 255]")
+    assert len(plan.tiles) == 20
+    assert sum(it.window.pixels for it in plan.tiles) == plan.bounds.pixels
