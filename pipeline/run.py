@@ -184,6 +184,7 @@ def publish_all(
     """Write GeoPackage, rasters, preview and report beside, check them, and rename them into place."""
     start = time.perf_counter()
     listener.expect("publish", 1)
+    manifest.revoke(plan.output)
     write_bytes(plan.output / "city.yaml", config.resolved_yaml().encode())
     site, folder = Site(plan), plan.output
     threshold_u8 = plan.vector.threshold_u8
