@@ -147,8 +147,22 @@ def terminal() -> Console:
     return Console(file=sys.stderr)
 
 
+def _is_torn(path: Path) -> bool:
+    """True if the last line of a file has no end."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) != b"\n"
+
+
 @contextmanager
 def watching(folder: Path, console: Console) -> Iterator[Listener]:
     """A listener that appends to tasks.jsonl in a run folder."""
-    with (folder / "tasks.jsonl").open("a", encoding="utf-8", buffering=1) as records:
+    path = folder / "tasks.jsonl"
+    torn = _is_torn(path)
+    with path.open("a", encoding="utf-8", buffering=1) as records:
+        if torn:
+            # A run that was killed, or a full disk, has cut the last line short.
+            records.write("\n")
         yield Listener(console, records)
