@@ -246,7 +246,9 @@ def raster(path: Path) -> NDArray[np.uint8]:
 
 def tasks_done(folder: Path) -> Counter[tuple[str, str]]:
     """How often each unit of each stage was done, over all runs in a folder."""
-    records = [json.loads(line) for line in (folder / "tasks.jsonl").read_text().splitlines()]
+    lines = (folder / "tasks.jsonl").read_text().splitlines()
+    # A line that a full disk has cut short ends without its brace.
+    records = [json.loads(line) for line in lines if line.endswith("}")]
     return Counter((it["stage"], it["unit"]) for it in records if "error" not in it)
 
 

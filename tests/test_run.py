@@ -266,6 +266,19 @@ def test_killed_anywhere_it_goes_on_and_does_nothing_twice(city: City, killed_af
         assert tasks_done(folder / "run") == whole, moment
 
 
+def test_outputs_of_a_run_killed_while_publishing_are_not_taken_for_the_last_ones(
+    mapped: City, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = outputs(mapped.folder / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(run.publish, "place_geopackage", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            map_it(mapped.config, "vectorize.threshold=0.3")
+    assert nothing_changed(load_city(mapped.config)) is None
+    map_it(mapped.config)
+    assert outputs(mapped.folder / "run") == expected
+
+
 @pytest.mark.parametrize("step", ["write_geopackage", "write_cog", "place_geopackage"])
 def test_killed_while_publishing_it_only_publishes_again(
     city: City, monkeypatch: pytest.MonkeyPatch, step: str

@@ -1,0 +1,248 @@
+"""The command line: one line and an exit code for whatever goes wrong, and nothing lost."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import ORIGIN, City, draw_blobs, map_it, outputs, tasks_done, write_tile
+
+from segpipe.pipeline import plan as plan_module
+from segpipe.pipeline import run, stages
+from segpipe.pipeline.cli import main
+from segpipe.pipeline.store import locked
+from segpipe.tasks.errors import TileError
+
+MakeCity = Callable[..., City]
+
+pytestmark = pytest.mark.usefixtures("in_process")
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Commands take SIGTERM for Ctrl-C: put back what pytest had."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def city(make_city: MakeCity) -> City:
+    return make_city(1, 2, tile_px=128, nodata=None, grid={"chunk_px": 64, "block_px": 64})
+
+
+def segpipe(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def one_line(result: Result) -> str:
+    """What was told of an error: one line, no traceback."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("segpipe: ")]
+    assert "Traceback" not in result.output + result.stderr
+    assert len(lines) == 1, result.stderr
+    assert result.stderr.rstrip().endswith(lines[0])
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["train", "--help"], ["models", "list", "--help"]]
+)
+def test_help_is_told_without_importing_anything_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys; from segpipe.pipeline.cli import main; main(sys.argv[1:], standalone_mode=False)\n"
+        "heavy = {'torch', 'dask', 'numpy', 'rasterio', 'pydantic', 'rich', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.startswith("Usage:")
+
+
+def test_a_run_says_what_it_made_and_a_second_that_nothing_has_changed(city: City) -> None:
+    first = segpipe("run", city.config)
+    assert first.exit_code == 0, first.stderr
+    assert "buildings" in first.stdout
+    assert str(city.folder / "run" / "buildings.gpkg") in first.stdout
+    again = segpipe("run", city.config)
+    assert again.exit_code == 0
+    assert "nothing has changed since" in again.stdout
+    fresh = segpipe("run", "--fresh", city.config)
+    assert "nothing has changed" not in fresh.stdout
+    changed = segpipe("run", city.config, "--set", "vectorize.threshold=0.3")
+    assert changed.exit_code == 0
+    assert "nothing has changed" not in changed.stdout
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(city: City) -> None:
+    before = sorted(city.folder.rglob("*"))
+    found = segpipe("run", "--dry-run", city.config)
+    assert found.exit_code == 0, found.stderr
+    for label in ("tiles", "lattice", "grid", "halo", "recipe", "disk", "workers", "seconds", "invalid"):
+        assert f"{label:>10}  " in found.stdout
+    assert sorted(city.folder.rglob("*")) == before
+
+
+BAD: list[tuple[str, Callable[[City], Path], list[str]]] = [
+    ("no yaml", lambda c: c.folder / "none.yaml", ["none.yaml", "cannot be read"]),
+    ("misspelt key", lambda c: c.set(vectorise={}), ["vectorise", "did you mean vectorize?"]),
+    ("mistyped key", lambda c: c.set(grid={"chunk_px": "big"}), ["grid.chunk_px", "big"]),
+    ("no tile", lambda c: c.set(images="none/*.tif"), ["none/*.tif matches no file"]),
+    ("no model", lambda c: c.set(model="none.safetensors"), ["model:", "none.safetensors"]),
+    ("output is a file", lambda c: c.set(output="city.yaml"), ["output:", "city.yaml is a file"]),
+    ("block of parts", lambda c: c.set(grid={"chunk_px": 64, "block_px": 100}), ["100", "multiple of 64"]),
+    ("too little memory", lambda c: c.set(cluster={"memory": "100 MiB"}), ["cluster.memory", "0.1 GiB", "cure"]),
+]
+
+
+@pytest.mark.parametrize(("make", "words"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    city: City, make: Callable[[City], Path], words: list[str]
+) -> None:
+    found = segpipe("run", make(city))
+    assert found.exit_code == 2
+    message = one_line(found)
+    assert all(word in message for word in words), message
+    assert not (city.folder / "run").exists()
+
+
+def test_yaml_that_is_no_mapping_is_exit_code_2(city: City) -> None:
+    city.config.write_text("- tiles\n- model\n")
+    found = segpipe("run", city.config)
+    assert found.exit_code == 2
+    assert "expected a mapping" in one_line(found)
+
+
+def test_a_tile_that_is_text_and_one_without_crs_are_exit_code_2(city: City) -> None:
+    (city.folder / "tiles" / "tile2.tif").write_text("this is no raster")
+    found = segpipe("run", city.config)
+    assert found.exit_code == 2
+    assert "tile2.tif" in one_line(found)
+    write_tile(city.folder / "tiles" / "tile2.tif", draw_blobs(64, 64), ORIGIN[0], ORIGIN[1] + 128, crs=None)
+    found = segpipe("run", city.config)
+    assert found.exit_code == 2
+    assert "images_crs:" in one_line(found)
+
+
+def test_a_pickle_is_no_model(city: City) -> None:
+    import torch
+
+    torch.save({"weight": torch.zeros(3)}, city.folder / "model.safetensors")
+    found = segpipe("run", city.set(model="model.safetensors"))
+    assert found.exit_code == 2
+    assert "never loaded as a bundle" in one_line(found)
+
+
+def test_debug_shows_where_an_error_comes_from(city: City) -> None:
+    found = segpipe("run", "--debug", city.set(model="none.safetensors"))
+    assert found.exc_info is not None
+    assert found.exc_info[0] is not SystemExit
+
+
+def test_a_second_run_in_the_same_folder_is_exit_code_2(city: City) -> None:
+    (city.folder / "run").mkdir()
+    with locked(city.folder / "run"):
+        found = segpipe("run", city.config)
+    assert found.exit_code == 2
+    assert f"process {os.getpid()}" in one_line(found)
+
+
+def test_a_tile_that_breaks_mid_run_is_exit_code_1_and_the_run_resumes(
+    city: City, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        scan = stages.scan_tile
+
+        def broken(tile: Any, *arguments: Any) -> Any:
+            if tile.path.endswith("tile2.tif"):
+                raise TileError(tile.path, "cannot be read: input/output error")
+            return scan(tile, *arguments)
+
+        patch.setattr(stages, "scan_tile", broken)
+        found = segpipe("run", city.config)
+    assert found.exit_code == 1
+    message = one_line(found)
+    assert all(word in message for word in ("tile2.tif", "input/output error", "run the same command again")), message
+    before = tasks_done(city.folder / "run")
+    assert any(stage == "vectorize" for stage, _ in before), "what can be done is done"
+    assert segpipe("run", city.config).exit_code == 0
+    assert set(tasks_done(city.folder / "run").values()) == {1}
+
+
+def test_ctrl_c_is_exit_code_1_and_says_how_to_resume(city: City, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_joins", interrupted)
+    found = segpipe("run", city.config)
+    assert found.exit_code == 1
+    assert "run the same command again" in one_line(found)
+    assert not (city.folder / "run" / "lock.json").exists()
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mount a small disk in memory, or change the one that is."""
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    is_mounted = False
+
+    def mount(options: str) -> Path:
+        nonlocal is_mounted
+        remount = "remount," if is_mounted else ""
+        command = ["mount", "-t", "tmpfs", "-o", remount + options, "none", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+        is_mounted = True
+        return folder
+
+    yield mount
+    if is_mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_an_output_that_is_not_writable_is_exit_code_2(city: City, mounted: Callable[[str], Path]) -> None:
+    folder = mounted("ro,size=1m") if os.geteuid() == 0 else city.folder / "closed"
+    if os.geteuid():
+        folder.mkdir(mode=0o500)
+    for output in (folder, folder / "run"):
+        found = segpipe("run", city.set(output=str(output)))
+        assert found.exit_code == 2
+        assert "not writable" in one_line(found)
+
+
+def test_a_disk_that_fills_up_mid_run_is_exit_code_1_and_nothing_is_lost(
+    city: City, mounted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    map_it(city.config)
+    whole = tasks_done(city.folder / "run")
+    monkeypatch.setattr(plan_module, "_check_disk", lambda *_: None)
+    monkeypatch.setattr(run.publish, "GDAL_CACHE_MB", 1)
+    output = mounted("size=48k") / "run"
+    config = city.set(output=str(output))
+    failures = 0
+    before: Counter[tuple[str, str]] = Counter()
+    for kilobytes in [*range(96, 1600, 128), 16_000]:
+        found = segpipe("run", config)
+        if found.exit_code == 0:
+            break
+        failures += 1
+        assert found.exit_code == 1, found.stderr
+        message = one_line(found)
+        assert any(word in message for word in ("No space left", "full")), message
+        if (output / "tasks.jsonl").exists():
+            done = tasks_done(output)
+            assert not before - done, "what was done stays done"
+            before = done
+        mounted(f"size={kilobytes}k")
+    assert failures >= 4
+    assert found.exit_code == 0, found.stderr
+    assert outputs(output) == outputs(city.folder / "run")
+    assert set(tasks_done(output)) <= set(whole)
+    assert not list(output.rglob("*partial*"))
