@@ -1,0 +1,209 @@
+"""The same work on real worker processes, which die, and in this process: the same bytes."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import City, map_it, outputs, tasks_done, write_city
+from distributed import LocalCluster
+from rich.console import Console
+
+from segpipe.models.weights import load_bundle, save_bundle
+from segpipe.pipeline import cluster, run
+from segpipe.pipeline.cluster import Distributed, InProcess, Outcome, Task
+from segpipe.pipeline.config import load_city
+from segpipe.pipeline.plan import Plan, make_plan
+from segpipe.pipeline.stages import Receipt, Site
+from segpipe.tasks.errors import RunError, UserError
+
+MakeCity = Callable[..., City]
+
+SMALL: dict[str, Any] = {
+    "tile_px": 128,
+    "nodata_min_m2": 50,
+    "vectorize": {"min_area_m2": 0},
+    "grid": {"chunk_px": 64, "block_px": 64},
+    "predict": {"precision": "float32"},
+    "cluster": {"workers": 1, "threads": 1},
+}
+
+
+@contextmanager
+def twin(plan: Plan, scheduler: str | None) -> Iterator[InProcess]:
+    yield InProcess(plan)
+
+
+@pytest.fixture(scope="module")
+def city(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> City:
+    """A city mapped in this process, by an untrained network that has been given contrast."""
+    folder = tmp_path_factory.mktemp("city")
+    city = write_city(folder, folder / "vivid.safetensors", **SMALL)
+    it = load_bundle(bundle)
+    head = it.network.head
+    with torch.no_grad():
+        logits = it.network(torch.from_numpy(city.image_CHW[None] / 255.0).float())
+        head.weight *= 3 / logits.std()
+        head.bias.copy_((head.bias - logits.quantile(0.7)) * 3 / logits.std())
+    save_bundle(folder / "vivid.safetensors", it.network, it.card)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "open_pool", twin)
+        assert map_it(city.config, "output=twin").buildings > 5
+    return city
+
+
+def workers() -> list[psutil.Process]:
+    return [p for p in cluster._children() if p.is_running()]
+
+
+def test_worker_processes_give_the_bytes_of_this_process_and_one_may_be_killed(
+    city: City, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[int] = []
+    take_next = Distributed.next
+
+    def killing(self: Distributed) -> Outcome:
+        outcome = take_next(self)
+        assert outcome.receipt is not None
+        if outcome.receipt.stage == "predict" and not killed:
+            victim = workers()[0]
+            victim.kill()
+            killed.append(victim.pid)
+        return outcome
+
+    monkeypatch.setattr(Distributed, "next", killing)
+    map_it(city.config, "output=two", "cluster.workers=2")
+    assert killed
+    assert outputs(city.folder / "two") == outputs(city.folder / "twin")
+    done = tasks_done(city.folder / "two")
+    assert set(done) == set(tasks_done(city.folder / "twin"))
+    assert not workers()
+
+
+def wait_for(process: "subprocess.Popen[str]", records: Path, lines: int) -> None:
+    """Wait until so many tasks are done."""
+    while process.poll() is None and (not records.exists() or records.read_text().count("\n") < lines):
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()
+
+
+def test_a_killed_driver_goes_on_where_it_was(city: City) -> None:
+    folder = city.folder / "killed"
+    command = [sys.executable, "-c", "from segpipe.pipeline.cli import main; main()", "run", str(city.config)]
+    for lines, sign in ((6, signal.SIGTERM), (25, signal.SIGKILL)):
+        process = subprocess.Popen(
+            [*command, "--set", "output=killed"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        wait_for(process, folder / "tasks.jsonl", lines)
+        process.send_signal(sign)
+        _, told = process.communicate()
+        if sign == signal.SIGTERM:
+            assert process.returncode == 1
+            assert "run the same command again to go on" in told
+            assert "Traceback" not in told
+            assert not (folder / "lock.json").exists()
+        else:
+            assert process.returncode == -signal.SIGKILL
+            assert (folder / "lock.json").exists()
+    subprocess.run([*command, "--set", "output=killed"], capture_output=True, check=True)
+    assert outputs(folder) == outputs(city.folder / "twin")
+    done = tasks_done(folder)
+    assert set(done.values()) == {1}, "nothing that was finished is done again"
+
+
+@pytest.fixture
+def scheduler() -> Iterator[Callable[..., str]]:
+    """Start a scheduler with one worker in this process; gives its address."""
+    started: list[LocalCluster] = []
+
+    def start(**options: Any) -> str:
+        started.append(
+            LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None, **options)
+        )
+        return str(started[-1].scheduler_address)
+
+    yield start
+    for it in started:
+        it.close()
+
+
+def attach(city: City, address: str, output: str) -> run.Published:
+    config = load_city(city.config, [f"output={output}"])
+    return run.map_city(config, Console(file=StringIO()), scheduler=address)
+
+
+def test_a_running_scheduler_gives_the_same_bytes_and_keeps_nothing_of_the_run(
+    city: City, scheduler: Callable[..., str]
+) -> None:
+    address = scheduler(protocol="tcp", host="127.0.0.1", resources={"GPU": 1})
+    attach(city, address, "attached")
+    assert outputs(city.folder / "attached") == outputs(city.folder / "twin")
+    assert not cluster._sites
+
+
+def test_a_scheduler_without_the_resource_gpu_is_refused_before_any_work(
+    city: City, scheduler: Callable[..., str]
+) -> None:
+    address = scheduler(protocol="tcp", host="127.0.0.1")
+    with pytest.raises(UserError, match=r'1 workers, none with the resource GPU.*--resources "GPU=1"'):
+        attach(city, address, "refused")
+    assert not tasks_done(city.folder / "refused")
+
+
+def test_an_address_without_a_scheduler_is_refused(city: City, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "WORKER_TIMEOUT_S", 0.3)
+    for address in ("tcp://127.0.0.1:9", "nonsense://x"):
+        with pytest.raises(UserError, match="expected a Dask scheduler"):
+            attach(city, address, "refused")
+
+
+# The pool in itself
+
+
+def test_the_twin_runs_by_priority_and_hands_errors_over(city: City) -> None:
+    plan = make_plan(load_city(city.config))
+    pool = InProcess(plan)
+    seen: list[str] = []
+
+    def work(site: Site, name: str) -> Receipt:
+        seen.append(name)
+        if name == "bad":
+            raise RunError("as expected")
+        return Receipt("read", name, 0, 0, 0.0, {})
+
+    for name, priority in (("late", 3), ("first", 0), ("bad", 1), ("second", 0)):
+        pool.submit(Task(work, (name,), False, priority))
+    found = [pool.next() for _ in range(4)]
+    assert seen == ["first", "second", "bad", "late"]
+    assert [type(it.error) for it in found] == [type(None), type(None), RunError, type(None)]
+
+
+def test_two_plans_share_a_worker(city: City) -> None:
+    import pickle
+
+    plan = pickle.dumps(make_plan(load_city(city.config)))
+    cluster._take_plan("one", plan)
+    cluster._take_plan("other", plan)
+    cluster._leave_plan("one")
+    cluster._leave_plan("one")
+    assert set(cluster._sites) == {"other"}
+    cluster._leave_plan("other")
+
+
+def test_a_worker_that_cannot_honour_the_recipe_is_refused(city: City, monkeypatch: pytest.MonkeyPatch) -> None:
+    from segpipe.models import predictor
+
+    plan = make_plan(load_city(city.config))
+    other = predictor.device_recipe(predictor.resolve_device()) | {"device": "cpu OTHER"}
+    monkeypatch.setattr(predictor, "device_recipe", lambda device: other)
+    with pytest.raises(RunError, match=re.escape(f"expected {plan.recipe.device} and torch")):
+        _ = Site(plan).predictor
