@@ -29,7 +29,7 @@ from segpipe.tasks.errors import RunError, UserError
 MakeCity = Callable[..., City]
 
 SMALL: dict[str, Any] = {
-    "tile_px": 128,
+    "tile_px": 80,
     "nodata_min_m2": 50,
     "vectorize": {"min_area_m2": 0},
     "grid": {"chunk_px": 64, "block_px": 64},
