@@ -133,15 +133,13 @@ def demo(directory: Path, seed: int, run_it: bool, debug: bool) -> None:
         from .demo import write_demo
 
         files = write_demo(directory, seed)
-        click.echo(
-            f"drew {files.buildings} buildings on {len(files.tiles)} tiles; to map them: segpipe run {files.config}"
-        )
-        if run_it:
-            context = click.get_current_context()
-            context.invoke(
-                run, city=files.config, scheduler=None, dry_run=False, fresh=False, overrides=(), debug=debug
-            )
-            context.invoke(evaluate, run=files.config.parent / "run", truth=files.truth, debug=debug)
+        click.echo(f"drew {files.buildings} buildings on {len(files.tiles)} tiles in {directory}")
+        if not run_it:
+            click.echo(f"to map them: segpipe run '{files.config}'")
+            return
+        context = click.get_current_context()
+        context.invoke(run, city=files.config, debug=debug)
+        context.invoke(evaluate, run=files.config.parent / "run", truth=files.truth, debug=debug)
 
 
 @main.group()
