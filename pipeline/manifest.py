@@ -19,7 +19,6 @@ from .inputs import find_images, machine, stamp
 
 if TYPE_CHECKING:
     from .plan import Plan
-    from .progress import StageSums
     from .run import Published
 
 MANIFEST = "manifest.json"
@@ -97,62 +96,62 @@ def revoke(folder: Path, rows_digest: str | None = None) -> str | None:
     return found if found in known else known[0]
 
 
-def write_manifest(
-    config: CityConfig, plan: Plan, state: dict[str, Any], published: Published, stages: dict[str, StageSums]
-) -> None:
-    """Write manifest.json, last of all: where it stands, the outputs are whole."""
+def make_manifest(config: CityConfig, plan: Plan, state: dict[str, Any], published: Published) -> dict[str, Any]:
+    """All that is to be known of a run that has been published."""
     from .inputs import versions
     from .stages import tile_unit
-    from .store import Ledger, write_json
+    from .store import Ledger
 
-    folder, lattice, ledger = plan.output, plan.lattice, Ledger(plan.output)
+    ledger = Ledger(plan.output)
     tiles = [
         {"path": tile.path, "window": asdict(tile.window)}
         | {name: entry.get(name) for name in ("digest", "stamp", "invalid_px", "by_reason")}
         for index, tile in enumerate(plan.tiles)
         if (entry := ledger.entry("scan", tile_unit(plan, index)) or {}) is not None
     ]
-    before = read_manifest(folder) or {}
-    write_json(
-        folder / MANIFEST,
-        {
-            "name": plan.name,
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": versions(),
-            "lattice": asdict(lattice),
-            "grid": asdict(plan.layout.grid),
-            "bounds": asdict(plan.bounds),
-            "chunk_px": plan.chunk_px,
-            "recipe": asdict(plan.recipe),
-            "model": {"path": str(plan.model), "digest": plan.model_digest, "card": plan.card.model_dump(mode="json")},
-            "vector": asdict(plan.vector),
-            "counts": {
-                "tiles": len(plan.tiles),
-                "chunks": sum(1 for _ in plan.chunks()),
-                "blocks": sum(1 for _ in plan.blocks()),
-                "buildings": published.buildings,
-                "buildings_m2": round(published.buildings_m2, 2),
-                "valid_px": published.valid_px,
-                "mask_px": published.mask_px,
-            },
-            "invalid_px": published.validity,
-            "skipped": published.skipped,
-            "notes": plan.notes,
-            "stages": {
-                stage: {
-                    "done": sums.units,
-                    "reused": sums.reused,
-                    "seconds": round(sums.seconds, 3),
-                    "wall_s": round(sums.wall_s, 3),
-                    "pixels": sums.pixels,
-                }
-                for stage, sums in stages.items()
-            },
-            "rows_digest": published.rows_digest,
-            "outputs": [published.geopackage.name, *OUTPUTS],
-            "tiles": tiles,
-            "config": config.model_dump(mode="json"),
-            "state": state,
-            "runs": before.get("runs", 0) + 1,
+    return {
+        "name": plan.name,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "lattice": asdict(plan.lattice),
+        "grid": asdict(plan.layout.grid),
+        "bounds": asdict(plan.bounds),
+        "chunk_px": plan.chunk_px,
+        "recipe": asdict(plan.recipe),
+        "model": {"path": str(plan.model), "digest": plan.model_digest, "card": plan.card.model_dump(mode="json")},
+        "vector": asdict(plan.vector),
+        "counts": {
+            "tiles": len(plan.tiles),
+            "chunks": sum(1 for _ in plan.chunks()),
+            "blocks": sum(1 for _ in plan.blocks()),
+            "buildings": published.buildings,
+            "buildings_m2": round(published.buildings_m2, 2),
+            "valid_px": published.valid_px,
+            "mask_px": published.mask_px,
         },
-    )
+        "invalid_px": published.validity,
+        "skipped": published.skipped,
+        "notes": plan.notes,
+        "stages": {
+            stage: {
+                "done": sums.units,
+                "reused": sums.reused,
+                "seconds": round(sums.seconds, 3),
+                "wall_s": round(sums.wall_s, 3),
+                "pixels": sums.pixels,
+            }
+            for stage, sums in published.stages.items()
+        },
+        "rows_digest": published.rows_digest,
+        "outputs": [published.geopackage.name, *OUTPUTS],
+        "tiles": tiles,
+        "config": config.model_dump(mode="json"),
+        "state": state,
+    }
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write manifest.json, last of all: where it stands, the outputs are whole."""
+    from .store import write_json
+
+    write_json(folder / MANIFEST, manifest)

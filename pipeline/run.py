@@ -80,8 +80,9 @@ def map_city(config: CityConfig, console: Console, scheduler: str | None = None,
         prepare_store(output, plan.layout)
         published = run_plan(config, plan, listener, scheduler)
         write_preview_and_report(config, plan, published)
-        manifest.write_manifest(config, plan, state, published, listener.stages)
+        done = manifest.make_manifest(config, plan, state, published)
         drop_store(config, plan)
+        manifest.write_manifest(output, done)
     return published
 
 
