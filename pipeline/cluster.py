@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from segpipe.tasks.errors import RunError, SegpipeError, UserError
+from segpipe.tasks.errors import RunError, UserError
 
 from .plan import Plan
 from .stages import Receipt, Site
@@ -288,8 +288,3 @@ def _check_workers(client: Any, scheduler: str) -> int:
             ' started with --resources "GPU=1"'
         )
     return 2 * sum(int(worker["nthreads"]) for worker in workers)
-
-
-def is_expected(error: BaseException) -> bool:
-    """True for errors that are told in one line."""
-    return isinstance(error, SegpipeError)
