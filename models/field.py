@@ -6,7 +6,8 @@ Axes: B batch, C channels, H rows, W columns. Lengths in pixels of the input.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +44,9 @@ def probe_field(network: nn.Module, stride: int, bands: int) -> Field:
     the network's own layers with every weight positive and every activation the identity, so that no influence can
     cancel or die; then the same for columns. Raises ValueError if the field has no bound (global pooling, attention).
     """
-    rows = _reach_by_phase(network, stride, bands, axis=2)
-    cols = _reach_by_phase(network, stride, bands, axis=3)
+    with _in_eval_mode(network):
+        rows = _reach_by_phase(network, stride, bands, axis=2)
+        cols = _reach_by_phase(network, stride, bands, axis=3)
     phase = np.arange(stride)
     # The outermost pixels of an aligned core lie at phase 0 on one side and stride - 1 on the other; those further in
     # have that much of their reach inside the core.
@@ -137,8 +139,8 @@ def _ones_convolution(
     if convolution is nnf.conv2d:
         dilation, named = (*options, 1)[0], {}
     else:
-        output_padding, _, dilation = (*options, *(0, 1, 1)[len(options) :])
-        named = {"output_padding": output_padding}
+        given = dict(enumerate(options))
+        dilation, named = given.get(2, 1), {"output_padding": given.get(0, 0)}
     kernel = torch.ones(1, 1, *weight.shape[2:], dtype=input_BCHW.dtype)
     total = input_BCHW.sum(dim=1, keepdim=True)
     return convolution(total, kernel, None, stride=stride, padding=padding, dilation=dilation, **named)
@@ -151,15 +153,23 @@ def peak_bytes_per_px(network: nn.Module, dtype: torch.dtype, bands: int = 3, wi
     pass runs on the meta device, and every storage is counted from its first use until Python lets go of it.
     """
     state = {name: _meta(tensor, dtype) for name, tensor in (*network.named_parameters(), *network.named_buffers())}
-    training = network.training
+    with _in_eval_mode(network), torch.inference_mode(), _LiveStorages() as live:
+        image_BCHW = torch.empty(1, bands, window_px, window_px, dtype=dtype, device="meta")
+        torch.func.functional_call(network, state, (image_BCHW,))
+    peak_bytes: int = live.peak_bytes
+    return peak_bytes / window_px**2
+
+
+@contextmanager
+def _in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """Puts every module into eval mode, and each back into its own: a frozen encoder may differ from the rest."""
+    training = [module for module in network.modules() if module.training]
     network.eval()
     try:
-        with torch.inference_mode(), _LiveStorages() as live:
-            image_BCHW = torch.empty(1, bands, window_px, window_px, dtype=dtype, device="meta")
-            torch.func.functional_call(network, state, (image_BCHW,))
+        yield
     finally:
-        network.train(training)
-    return live.peak_bytes / window_px**2
+        for module in training:
+            module.training = True
 
 
 def _meta(tensor: Tensor, dtype: torch.dtype) -> Tensor:

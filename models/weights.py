@@ -225,7 +225,12 @@ def load_bundle(path: Path | str) -> Bundle:
         state = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise BundleError(f"{path}: not a whole safetensors file: {error}") from error
-    network.load_state_dict(_fitted_state(network, state, path), assign=True)
+    # Channels-last weights make every pass channels-last, however the image lies in memory: the same sums everywhere.
+    fitted = {
+        name: value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+        for name, value in _fitted_state(network, state, path).items()
+    }
+    network.load_state_dict(fitted, assign=True)
     network.eval().requires_grad_(requires_grad=False)
     return Bundle(network, card)
 
@@ -377,14 +382,11 @@ def _fitted_state(network: Network, state: Mapping[str, torch.Tensor], source: P
             raise BundleError(f"{source}: {names[0]} holds values that are not finite")
         fitted |= dict.fromkeys(names, value.to(own.dtype))
     unexpected = sorted(set(state) - set(network.state_dict()))
-    faults = [f"{len(keys)} keys {what} ({_some(keys)})" for what, keys in _faults(missing, unexpected, misfits) if keys]
+    counted = (("missing", missing), ("unexpected", unexpected), ("of another shape", misfits))
+    faults = [f"{len(keys)} keys {what} ({_some(keys)})" for what, keys in counted if keys]
     if faults:
         raise BundleError(f"{source}: not the weights of {type(network).__name__}: {'; '.join(faults)}")
     return fitted
-
-
-def _faults(missing: list[str], unexpected: list[str], misfits: list[str]) -> tuple[tuple[str, list[str]], ...]:
-    return ("missing", missing), ("unexpected", unexpected), ("of another shape", misfits)
 
 
 def _some(keys: list[str]) -> str:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from .network import Network
 
@@ -59,7 +60,8 @@ class UNet11(Network):
         skips = [conv1, conv2, conv3, conv4, conv5]
         del conv1, conv2, conv3, conv4, conv5
         for step in (self.dec5, self.dec4, self.dec3, self.dec2, self.dec1):
-            up = step(torch.cat([up, skips.pop()], 1))
+            up = torch.cat([up, skips.pop()], 1)
+            up = step(up)
         logits_BKHW: Tensor = self.final(up)
         return logits_BKHW
 
@@ -85,7 +87,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.block = nn.Sequential(
             ConvReLU(in_channels, middle_channels),
-            nn.ConvTranspose2d(middle_channels, out_channels, 3, stride=2, padding=1, output_padding=1),
+            Upsample(middle_channels, out_channels),
             nn.ReLU(inplace=True),
         )
 
@@ -93,6 +95,41 @@ class DecoderBlock(nn.Module):
         """H and W doubled."""
         y_BCHW: Tensor = self.block(x_BCHW)
         return y_BCHW
+
+
+class Upsample(nn.ConvTranspose2d):
+    """A transposed 3x3 convolution of stride 2 that doubles H and W.
+
+    In eval mode on a CPU it is computed as plain convolutions, one or two for each parity of output row and column.
+    oneDNN's transposed convolutions, and its plain ones two columns wide, add up in another order at some widths of
+    the input (3 to 5 of 49 tried), and then the last bit of a pixel depends on the size of the window around it.
+    Kernels of one or three columns were the same at every width from 16 columns on.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
+
+    def forward(self, x_BCHW: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """H and W doubled."""
+        if self.training or x_BCHW.is_cuda or x_BCHW.dtype == torch.float64:  # oneDNN has no float64
+            return super().forward(x_BCHW, output_size)
+        batch, _, height, width = x_BCHW.shape
+        shape = batch, self.out_channels, 2 * height, 2 * width
+        y_BCHW = torch.empty(shape, dtype=x_BCHW.dtype, device=x_BCHW.device, memory_format=torch.channels_last)
+        # Along one axis output 2i is w[1] x[i], and output 2i + 1 is w[2] x[i] + w[0] x[i + 1].
+        kernel = self.weight.transpose(0, 1)
+        odd_cols = torch.cat([torch.zeros_like(kernel[..., :1]), kernel[..., 2:], kernel[..., :1]], dim=3)
+        y_BCHW[:, :, 0::2, 0::2] = _convolve(x_BCHW, kernel[:, :, 1:2, 1:2], self.bias)
+        y_BCHW[:, :, 1::2, 0::2] = _convolve(x_BCHW, kernel[:, :, [2, 0], 1:2], self.bias, padding=(1, 0))[:, :, 1:]
+        y_BCHW[:, :, 0::2, 1::2] = _convolve(x_BCHW, odd_cols[:, :, 1:2], self.bias, padding=(0, 1))
+        odd_odd = _convolve(x_BCHW, odd_cols[:, :, 2:3], self.bias, padding=(0, 1))
+        odd_odd[:, :, :-1] += _convolve(x_BCHW, odd_cols[:, :, 0:1], None, padding=(0, 1))[:, :, 1:]
+        y_BCHW[:, :, 1::2, 1::2] = odd_odd
+        return y_BCHW
+
+
+def _convolve(x_BCHW: Tensor, kernel: Tensor, bias: Tensor | None, padding: tuple[int, int] = (0, 0)) -> Tensor:
+    return nnf.conv2d(x_BCHW, kernel.contiguous(memory_format=torch.channels_last), bias, padding=padding)
 
 
 def _vgg11_features(bands: int) -> nn.Sequential:
