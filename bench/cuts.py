@@ -48,7 +48,7 @@ def write_config(folder: Path, tiles: Path, model: str, cut: tuple[int, int, int
 def start(config: Path) -> psutil.Popen:
     """Start `segpipe run` in a process of its own."""
     command = [sys.executable, "-c", "from segpipe.pipeline.cli import main; main()", "run", str(config)]
-    return psutil.Popen(command, stderr=subprocess.PIPE, text=True)
+    return psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: psutil.Popen) -> None:

@@ -59,7 +59,7 @@ def run_and_watch(config: Path) -> tuple[float, dict[str, float]]:
     peak = {"driver": 0.0, "worker": 0.0}
     start = time.perf_counter()
     command = [sys.executable, "-c", "from segpipe.pipeline.cli import main; main()", "run", str(config)]
-    process = psutil.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None:
         for role, member in [("driver", process), *(("worker", child) for child in children(process))]:
             try:
