@@ -19,6 +19,12 @@ from .stages import Receipt, Site
 Stage = Callable[..., Receipt]
 
 WORKER_TIMEOUT_S = 15
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_TOP_PAD_": str(2**27),
+}
+"""Environment of workers: memory of activations is kept instead of being faulted in afresh at every layer."""
 THREADS_PER_WORKER = 2
 """One for the task that holds the GPU, one for reading and vectorizing meanwhile."""
 
@@ -209,14 +215,11 @@ def open_pool(plan: Plan, scheduler: str | None) -> Iterator[Pool]:
             "distributed.worker.memory.pause": 0.9,
             "distributed.comm.timeouts.connect": f"{WORKER_TIMEOUT_S}s",
             "distributed.comm.timeouts.tcp": f"{WORKER_TIMEOUT_S}s",
-            # The allocator keeps the memory of activations instead of faulting it in afresh at every layer.
             "distributed.nanny.pre-spawn-environ": {
                 "OMP_NUM_THREADS": threads,
                 "MKL_NUM_THREADS": threads,
                 "OPENBLAS_NUM_THREADS": "1",
-                "MALLOC_MMAP_THRESHOLD_": str(2**32),
-                "MALLOC_TRIM_THRESHOLD_": str(2**33),
-                "MALLOC_TOP_PAD_": str(2**27),
+                **ALLOCATOR,
             },
         }
     )
