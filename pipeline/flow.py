@@ -81,7 +81,8 @@ class Flow:
         for tile in sorted(tiles - self._skipped.keys() - self._digests.keys()):
             if tile in self._failed_tiles:
                 return
-            if not self._scan_is_known(tile):
+            # What is under way may be in the ledger already; its outcome will come all the same.
+            if ("scan", tile) in self._waiting or not self._scan_is_known(tile):
                 wanted.append(("scan", tile))
         self._missing[block] = 0
         for unit in wanted:
@@ -106,7 +107,7 @@ class Flow:
             return
         self._missing[block] = 0
         for chunk in chunks:
-            if self._state(chunk) == _UNKNOWN and not self._read_is_known(chunk):
+            if self._state(chunk) != _DONE and (("read", chunk) in self._waiting or not self._read_is_known(chunk)):
                 self._want(("read", chunk), block)
         if not self._missing[block]:
             self._chunks_are_read(block)
