@@ -35,6 +35,8 @@ TOLERANCE_PX = 1e-3
 """How far a tile's corners may lie off the lattice, in pixels."""
 LARGEST_AUTO_BLOCK_PX = 4096
 LARGEST_AUTO_HALO_PX = 320
+SCRATCH = 1.5
+"""Memory of a pass against its activations: the convolutions' own, and what the allocator keeps (measured)."""
 WORKER_BASE_BYTES = 900 * 2**20
 """A worker before its first window: libraries, network, GDAL's cache."""
 
@@ -433,7 +435,8 @@ def _resolve_recipe(
 
     def task_bytes(block_px: int) -> int:
         # Image and valid as uint8, the normalised image in float32, the activations, the probabilities.
-        return WORKER_BASE_BYTES + int((block_px + 2 * halo_px) ** 2 * (per_px + 5 * layout.bands + 8))
+        window_px = (block_px + 2 * halo_px) ** 2
+        return WORKER_BASE_BYTES + int(window_px * (SCRATCH * per_px + 5 * layout.bands + 8))
 
     if isinstance(config.grid.block_px, int):
         block_px = config.grid.block_px
