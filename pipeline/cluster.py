@@ -20,14 +20,13 @@ Stage = Callable[..., Receipt]
 
 WORKER_TIMEOUT_S = 15
 ALLOCATOR = {
-    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_TOP_PAD_": str(2**27),
 }
 """Environment of workers: memory of activations is kept instead of being faulted in afresh at every layer.
 
-One arena, since glibc's others, which threads get, map everything over 64 MiB anew: that halved the speed of a block.
+Not MALLOC_ARENA_MAX=1 too: blocks were up to twice as fast, but one fragmented arena took a worker from 8 to 16 GiB.
 """
 THREADS_PER_WORKER = 2
 """One for the task that holds the GPU, one for reading and vectorizing meanwhile."""
