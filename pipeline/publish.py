@@ -34,8 +34,8 @@ from segpipe.tasks.errors import RunError
 from segpipe.tasks.grid import Lattice, Window
 
 LAYER = "buildings"
-BATCH_ROWS = 50_000
-"""Most rows of a batch, in and out."""
+BATCH_ROWS = 4096
+"""Most rows of a batch, in and out: a large city takes as little memory as a small one, and no more time."""
 
 SCHEMA = pa.schema(
     [
@@ -363,7 +363,7 @@ def write_cog(
     # Smooth values deflate better as differences; a mask's runs do not.
     options = {"COMPRESS": "DEFLATE", "PREDICTOR": "YES" if resampling == "average" else "NO", "BIGTIFF": "IF_SAFER"}
     try:
-        with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_MB, GDAL_NUM_THREADS="ALL_CPUS"):
+        with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES, GDAL_NUM_THREADS="ALL_CPUS"):
             checksum = _write_flat(flat, read, window, lattice, parts, nodata, bands)
             options |= {"BLOCKSIZE": str(TILE_PX), "OVERVIEWS": "IGNORE_EXISTING", "SPARSE_OK": "YES"}
             options["OVERVIEW_RESAMPLING"] = resampling.upper()
@@ -377,7 +377,8 @@ def write_cog(
         _remove_with_siblings(cog)
 
 
-GDAL_CACHE_MB = 64
+GDAL_CACHE_BYTES = 16 * 2**20
+"""rasterio takes a number of bytes."""
 
 
 def _parts(window: Window, block_px: int) -> Iterator[Window]:

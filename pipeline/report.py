@@ -27,7 +27,7 @@ OUTLINE_RGB = (255, 106, 0)
 HATCH_RGB = (150, 150, 150)
 PAPER_RGB = (214, 214, 214)
 HATCH_PX = 8
-READ_PX = 2048
+READ_PX = 1024
 OVERSAMPLING = 2
 """Outlines are drawn this much larger and reduced, which smooths them."""
 

@@ -32,13 +32,12 @@ from .flow import Block, Flow, run_joins
 from .inputs import versions
 from .plan import Plan, describe, ground_pixel_m, make_plan, pixels_seen, seconds_of
 from .progress import Listener, StageSums, watching
-from .stages import Receipt, Site, cell_unit, read_fragment, read_joined, read_probability, tile_unit
+from .stages import Receipt, Site, cell_unit, read_fragment, read_image, read_joined, read_probability, tile_unit
 from .store import Store, locked, prepare_store, remove_leftovers, write_bytes, write_json
 
 SETTLED = "settled.json"
 ORDER_CELL_PX = 4096
 """Buildings are published cell by cell of the lattice, row by row, and in a cell by first pixel: whatever the cut."""
-BATCH_ROWS = 50_000
 LOOKED_AT = 40
 """Tiles at most that a dry run reads."""
 
@@ -253,7 +252,7 @@ def _validity(site: Site, skipped: dict[int, str]) -> dict[str, int]:
 
 
 def batches_in_order(site: Site, homes: list[Block]) -> Iterator[pa.RecordBatch]:
-    """All buildings in the order of the lattice, ready to be published, in batches of at most 50,000 rows.
+    """All buildings in the order of the lattice, ready to be published, in batches of at most BATCH_ROWS rows.
 
     At most the buildings of the blocks under one cell of the order are held.
     """
@@ -286,11 +285,11 @@ def batches_in_order(site: Site, homes: list[Block]) -> Iterator[pa.RecordBatch]
         found = found.take(np.lexsort((found.key_col, found.key_row)))
         batch = publishable(found, plan.lattice)
         while len(batch):
-            part = batch.slice(0, BATCH_ROWS - rows)
+            part = batch.slice(0, publish.BATCH_ROWS - rows)
             batch = batch.slice(len(part))
             held.append(part)
             rows += len(part)
-            if rows == BATCH_ROWS:
+            if rows == publish.BATCH_ROWS:
                 yield _one(held)
                 held, rows = [], 0
     if held:
@@ -364,7 +363,7 @@ def _image(site: Site, window: Window) -> NDArray[np.uint8]:
     plan = site.plan
     chunks = plan.chunks_in(window)
     if all(site.ledger.entry("read", cell_unit(*chunk)) is not None for chunk in chunks):
-        return site.store.read("image", window, 0)
+        return read_image(site, window)
     tiles = [plan.tiles[tile] for tile in plan.tiles_in(window)]
     return read_window(tiles, window, lambda tile, part: None)[0]
 

@@ -227,7 +227,7 @@ def predict(site: Site, row: int, col: int, key: str) -> Receipt:
     if not valid_HW[core.within(outer)].any():
         prob_HW = np.full(core.shape_yx, INVALID, np.uint8)
     else:
-        image_CHW = _merged(site, "read", "image", outer, 0)
+        image_CHW = read_image(site, outer)
         predictor = site.predictor
         begun = time.perf_counter()
         prob_HW, seen_px = predict_core(image_CHW, valid_HW, core, halo_px, stride, predictor.predict)
@@ -327,6 +327,11 @@ def _checked(site: Site, stage: str, row: int, col: int, path: Path) -> bytes:
 def read_probability(site: Site, window: Window) -> NDArray[np.uint8]:
     """prob_HW of any window of the lattice, 255 where nothing is predicted. RunError for a missing or damaged chunk."""
     return _merged(site, "predict", "probability", window, INVALID)
+
+
+def read_image(site: Site, window: Window) -> NDArray[np.uint8]:
+    """image_CHW of any window of the lattice, 0 outside the tiles. RunError for a missing or damaged chunk."""
+    return _merged(site, "read", "image", window, 0)
 
 
 def _merged(site: Site, stage: str, array: str, window: Window, fill: int) -> NDArray[np.uint8]:
