@@ -5,74 +5,86 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Iterator
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
-from xml.etree import ElementTree
 
-from segpipe.tasks.errors import UserError
+from segpipe.tasks.errors import TileError, UserError
+from segpipe.tasks.files import file_stamp
 
 from .config import CityConfig
+from .vrt import sources_of
 
 RASTERS = frozenset({".tif", ".tiff", ".jp2", ".vrt", ".png", ".jpg", ".jpeg", ".img"})
 """Endings that count as imagery where a folder is named."""
-PUBLISHED = ("mask.tif", "probability.tif", "preview.png")
+PUBLISHED = frozenset({"mask.tif", "probability.tif", "preview.png"})
+KEPT = frozenset({"store.zarr", "fragments", "ledger", "validity"})
+PARTIAL = ".partial"
+"""In the names of what is being written, or was when a run was killed."""
 
 
 def find_images(patterns: tuple[str, ...], base: CityConfig | Path, key: str = "images") -> tuple[Path, ...]:
     """Files of a glob, a list, a folder or a VRT, each pattern in natural order (tile2 before tile10).
 
-    A VRT stands for the list of its sources. UserError if a pattern matches nothing, or a file is named twice.
+    What a run writes into its output folder is no tile of the next, even where that is the folder of the tiles or a
+    glob goes through it. A VRT stands for the list of its sources. UserError if a pattern matches nothing, a file is
+    named twice, or a VRT is more than the list of its sources.
     """
     folder = base.file.parent.absolute() if isinstance(base, CityConfig) else base
-    # What a run has published is no tile of the next, even where a glob goes through all folders.
-    output = base.path(base.output).resolve() if isinstance(base, CityConfig) else folder
-    published = {output / name for name in PUBLISHED} if isinstance(base, CityConfig) else set()
+    output = base.path(base.output).resolve() if isinstance(base, CityConfig) else None
+    # A nodata value in the YAML stands above those of the files.
+    nodata_counts = isinstance(base, CityConfig) and base.nodata is None
     found: list[Path] = []
     for pattern in patterns:
-        start = (folder / Path(pattern).expanduser()).resolve()
-        if start.is_dir():
-            matches = [p for p in start.iterdir() if p.suffix.lower() in RASTERS]
-        elif start.exists():
-            matches = [start]
-        else:
-            anchor = Path(start.anchor)
-            matches = [p for p in anchor.glob(str(start.relative_to(anchor))) if p.is_file()]
-            matches = [p for p in matches if p not in published]
+        try:
+            matches = _matches(folder / Path(pattern).expanduser(), output)
+        except (ValueError, RuntimeError) as error:  # of glob and of expanduser
+            raise UserError(f"{key}: {pattern}: {error}; expected a glob such as tiles/*.tif") from None
         if not matches:
             raise UserError(f"{key}: {pattern} matches no file in {folder}; expected a glob, a list, a folder or a VRT")
         for match in sorted(matches, key=_natural):
-            found += _vrt_sources(match) if match.suffix.lower() == ".vrt" else [match]
+            found += sources_of(match, nodata_counts) if match.suffix.lower() == ".vrt" else [match]
     twice = next((p for i, p in enumerate(found) if p in found[:i]), None) if len(set(found)) < len(found) else None
     if twice is not None:
         raise UserError(f"{key}: {twice} is named twice; expected each tile once")
     return tuple(found)
 
 
+def _matches(path: Path, output: Path | None) -> list[Path]:
+    """Files that a path or a glob means. As far as the folders of a glob exist as they are written, they are meant."""
+    if path.is_dir():
+        found = [p for p in path.resolve().iterdir() if p.suffix.lower() in RASTERS and p.is_file()]
+    elif path.exists():
+        # The folder is resolved and the name is not: side files lie beside the name.
+        return [path.parent.resolve() / path.name]
+    else:
+        folder, rest = Path(path.anchor), list(path.parts[1:])
+        while len(rest) > 1 and (folder / rest[0]).is_dir():
+            folder /= rest.pop(0)
+        found = [p for p in folder.resolve().glob("/".join(rest)) if p.is_file()]
+    return [p for p in found if output is None or not _is_product(p, output)]
+
+
+def _is_product(path: Path, output: Path) -> bool:
+    """Whether a file is one that a run writes into its output folder."""
+    if PARTIAL not in path.name and not {*path.parts} & (PUBLISHED | KEPT):
+        return False
+    place = path.parent.resolve() / path.name
+    if not place.is_relative_to(output):
+        return False
+    return PARTIAL in path.name or place.relative_to(output).parts[0] in PUBLISHED | KEPT
+
+
 def _natural(path: Path) -> list[tuple[int, int | str]]:
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", str(path)) if part]
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", str(path)) if part]
 
 
-def _vrt_sources(path: Path) -> Iterator[Path]:
+def stamp(path: Path) -> list[str | int]:
+    """What `file_stamp` says of a tile and its side files; nothing where there is no such file."""
     try:
-        root = ElementTree.parse(path).getroot()
-    except (ElementTree.ParseError, OSError) as error:
-        raise UserError(f"{path}: not a VRT ({error}); expected an XML file that lists its sources") from None
-    names = dict.fromkeys(
-        (path.parent if node.get("relativeToVRT") == "1" else Path("/")) / (node.text or "")
-        for node in root.iter("SourceFilename")
-    )
-    if not names:
-        raise UserError(f"{path}: no SourceFilename in it; expected a VRT of at least one raster")
-    yield from (name.resolve() for name in names)
-
-
-def stamp(path: Path) -> list[int]:
-    """[size in bytes, time of change in ns], of a tile with its external mask: the same stamp, an unchanged file."""
-    mask = Path(f"{path}.msk")
-    stats = [file.stat() for file in ([path, mask] if mask.exists() else [path])]
-    return [sum(status.st_size for status in stats), max(status.st_mtime_ns for status in stats)]
+        return list(file_stamp(str(path)))
+    except TileError:
+        return []
 
 
 def machine() -> dict[str, str]:
