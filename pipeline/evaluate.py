@@ -18,6 +18,7 @@ import shapely
 from numpy.typing import NDArray
 from pyproj import CRS, Transformer
 from pyproj.exceptions import CRSError
+from rasterio.enums import ColorInterp
 from rasterio.windows import Window as RasterWindow
 
 from segpipe.tasks.errors import RunError, UserError
@@ -48,9 +49,9 @@ class Evaluation:
 def evaluate_run(run_folder: Path, truth: Path) -> Evaluation:
     """Compare RUN/mask.tif with the truth where both are valid.
 
-    truth is a raster on the run's pixel lattice (any value but 0 is building; its nodata or mask is left out), or a
-    vector file with one layer or a layer `buildings` (reprojected; a pixel is building if its centre is in a polygon;
-    the whole run is compared). Raises UserError where either cannot be used.
+    truth is a raster on the run's pixel lattice (one band; any value but 0 is building; its nodata, mask or alpha is
+    left out), or a vector file with one layer or a layer `buildings` (reprojected; a pixel is building if its centre is
+    in a polygon; the whole run is compared). Raises UserError where either cannot be used.
     """
     mask_path = run_folder / "mask.tif"
     if not mask_path.is_file():
@@ -102,8 +103,10 @@ def _raster_truth(truth: Path, mask: Any, stack: ExitStack) -> tuple[Window, Tru
         raster = stack.enter_context(rasterio.open(truth))
     except rasterio.errors.RasterioIOError as error:
         raise UserError(f"{truth}: neither a readable raster nor a readable vector file ({error})") from error
-    if raster.count < 1:
-        raise UserError(f"{truth}: no band in it; expected a mask raster or a vector file of footprints")
+    bands = [band for band, colour in enumerate(raster.colorinterp, 1) if colour != ColorInterp.alpha]
+    if len(bands) != 1:
+        found = f"{len(bands)} bands" if bands else "no band"
+        raise UserError(f"{truth}: {found} besides alpha; expected a mask of one band, or a vector file of footprints")
     if not raster.crs:
         raise UserError(f"{truth}: no CRS; expected that of the run, {_crs_name(mask.crs)}")
     if CRS.from_user_input(raster.crs) != CRS.from_user_input(mask.crs):
@@ -119,7 +122,7 @@ def _raster_truth(truth: Path, mask: Any, stack: ExitStack) -> tuple[Window, Tru
 
     def read(window: Window) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         inner = RasterWindow(window.col_off - col_off, window.row_off - row_off, window.width, window.height)
-        return raster.read(1, window=inner) != 0, raster.read_masks(1, window=inner) != 0
+        return raster.read(bands[0], window=inner) != 0, raster.read_masks(bands[0], window=inner) != 0
 
     notes: tuple[str, ...] = ()
     if raster.nodata == 0:
@@ -210,8 +213,14 @@ def _reproject(path: Path, geometries: NDArray[np.object_], src: CRS, dst: CRS) 
         return np.column_stack(transformer.transform(xy[:, 0], xy[:, 1]))
 
     projected: NDArray[np.object_] = np.asarray(shapely.transform(geometries, to_dst))
-    finite: NDArray[np.bool_] = np.isfinite(shapely.bounds(projected)).all(axis=1)
-    return projected[finite]
+    xy, owner = shapely.get_coordinates(projected, return_index=True)
+    lost = np.unique(owner[~np.isfinite(xy).all(axis=1)]).size
+    if lost:
+        raise UserError(
+            f"{path}: {lost} of {geometries.size} footprints cannot be reprojected from {_crs_name(src)} to"
+            f" {_crs_name(dst)}: their coordinates are beyond it; expected those of the CRS that the file names"
+        )
+    return projected
 
 
 def _extent(mask: Any) -> Window:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import geopandas
 import numpy as np
+import pandas
 import pytest
 import rasterio
 import rasterio.features
@@ -12,6 +13,7 @@ import shapely
 import sklearn.metrics
 from affine import Affine
 from numpy.typing import NDArray
+from rasterio.enums import ColorInterp
 
 from segpipe.pipeline import evaluate
 from segpipe.pipeline.evaluate import evaluate_run, evaluation_table
@@ -204,6 +206,46 @@ def test_a_truth_on_another_lattice_or_crs_is_refused_with_both_shown(run: Path,
     refused(run, write_raster(path, truth_HW, ORIGIN @ Affine.scale(2)), "0.6 x -0.6", "0.3 x -0.3")
     refused(run, write_raster(path, truth_HW, ORIGIN @ Affine.translation(3.25, 0)), "0.250 px right", "353881.5")
     refused(run, write_raster(path, truth_HW, ORIGIN @ Affine.translation(500, 0)), "does not overlap")
+
+
+@pytest.mark.parametrize(
+    ("count", "colours", "says"), [(3, "RGB", "3 bands"), (4, "RGBA", "3 bands"), (2, "", "2 bands")]
+)
+def test_a_truth_of_several_bands_is_refused_with_their_number(
+    run: Path, tmp_path: Path, count: int, colours: str, says: str
+) -> None:
+    path = write_bands(tmp_path / "rgb.tif", np.ones((count, 130, 170), np.uint8), colours)
+    refused(run, path, f"{says} besides alpha", "one band")
+
+
+def write_bands(path: Path, pixels_CHW: NDArray[np.uint8], colours: str) -> Path:
+    kinds = {"R": ColorInterp.red, "G": ColorInterp.green, "B": ColorInterp.blue, "A": ColorInterp.alpha}
+    kinds["L"] = ColorInterp.gray
+    count, height, width = pixels_CHW.shape
+    profile = {"driver": "GTiff", "dtype": "uint8", "count": count, "height": height, "width": width}
+    with rasterio.open(path, "w", transform=ORIGIN, crs="EPSG:32645", **profile) as raster:
+        raster.colorinterp = [kinds[colour] for colour in colours] or [ColorInterp.undefined] * count
+        raster.write(pixels_CHW)
+    return path
+
+
+def test_the_alpha_band_of_a_truth_says_where_it_is_valid(
+    run: Path, mask_HW: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(4)
+    truth_HW, alpha_HW = ((rng.random(mask_HW.shape) < 0.5).astype(np.uint8) * 255 for _ in range(2))
+    path = write_bands(tmp_path / "truth.tif", np.stack([truth_HW, alpha_HW]), "LA")
+    assert evaluate_run(run, path).counts == expected(mask_HW, truth_HW, alpha_HW == 255)
+
+
+def test_footprints_that_cannot_be_reprojected_are_refused_and_never_taken_for_none(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "houses.gpkg"
+    footprints().set_crs("EPSG:4326", allow_override=True).to_file(path)
+    refused(run, path, "60 of 60 footprints cannot be reprojected from EPSG:4326 to EPSG:32645")
+    degrees, metres = footprints().to_crs("EPSG:4326"), footprints().iloc[:7]
+    mixed = pandas.concat([degrees, metres.set_crs("EPSG:4326", allow_override=True)])
+    mixed.to_file(path)
+    refused(run, path, "7 of 67 footprints cannot be reprojected")
 
 
 def test_footprints_without_crs_or_polygons_or_elsewhere_are_refused(run: Path, tmp_path: Path) -> None:
