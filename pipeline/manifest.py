@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
 
 from segpipe.models.weights import BundleError, file_digest, resolve_bundle
 from segpipe.tasks.errors import UserError
@@ -23,15 +27,51 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 OUTPUTS = ("mask.tif", "probability.tif", "preview.png", "report.html")
+"""What is published besides the GeoPackage."""
+TRACES = ("settled.json", "ledger")
+"""What a run leaves in its folder before it writes anything else there."""
+REPLACED = (*OUTPUTS, "city.yaml", MANIFEST, "tasks.jsonl", "store.zarr", "fragments", "validity")
+"""What a run writes in its folder whatever is there. Of GeoPackages it knows its own by their rows."""
+
+
+class _State(BaseModel):
+    config: dict[str, Any]
+    images: dict[str, list[str | int]]
+    model: tuple[str, list[int]]
+    machine: dict[str, str]
+
+
+class _Model(BaseModel):
+    digest: str
+
+
+class _Whole(BaseModel):
+    """What a manifest must hold for a run to be told from it that nothing has changed."""
+
+    finished: str
+    state: _State
+    model: _Model
+    outputs: dict[str, int]
+    skipped: dict[str, str]
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a run folder, None where no run was published."""
+    """The manifest of a run folder; None where no run was published, or it is not whole or was taken back."""
+    manifest = _read(folder)
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        _Whole.model_validate(manifest)
+    except ValidationError:
         return None
     return manifest
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """manifest.json, be it whole or not; empty where it is none."""
+    try:
+        found = json.loads((folder / MANIFEST).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def state_of_inputs(config: CityConfig) -> dict[str, Any]:
@@ -43,57 +83,95 @@ def state_of_inputs(config: CityConfig) -> dict[str, Any]:
         model = resolve_bundle(config.model, config.file.parent)
     except BundleError as error:
         raise UserError(f"model: {error}") from None
+    status = model.stat()
     return {
         "config": config.model_dump(mode="json"),
         "images": {str(path): stamp(path) for path in find_images(config.images, config)},
-        "model": [str(model), stamp(model)],
+        "model": [str(model), [status.st_size, status.st_mtime_ns]],
         "machine": machine(),
     }
 
 
 def nothing_changed(config: CityConfig) -> dict[str, Any] | None:
-    """The manifest, if config, tiles, model and machine are as they were when it was written, and the outputs exist.
+    """The manifest, if config, tiles, model and machine are as they were when it was written, and its outputs exist.
 
-    A model file with another stamp is the same if its digest is; tiles with other stamps are left to the run to judge.
+    A model file with another stamp is the same if its digest is; tiles with other stamps are left to the run to judge,
+    and so are tiles that were skipped: they may be readable now.
     """
     folder = config.path(config.output)
     manifest = read_manifest(folder)
-    if manifest is None or manifest.get("state") is None:
+    if manifest is None or manifest["skipped"]:
         return None
     try:
         now, then = state_of_inputs(config), manifest["state"]
+        if now["model"] != then["model"] and file_digest(Path(now["model"][0])) != manifest["model"]["digest"]:
+            return None
+        whole = all(_is_there(folder / name, size) for name, size in manifest["outputs"].items())
     except (UserError, OSError):
         return None
-    if now["model"] != then["model"] and file_digest(Path(now["model"][0])) != manifest["model"]["digest"]:
-        return None
-    same = all(now[part] == then[part] for part in ("config", "images", "machine"))
-    return manifest if same and all((folder / name).exists() for name in manifest["outputs"]) else None
+    return manifest if whole and all(now[part] == then[part] for part in ("config", "images", "machine")) else None
 
 
-def revoke(folder: Path, rows_digest: str | None = None) -> str | None:
+def _is_there(path: Path, size: int) -> bool:
+    """Whether a published file is there in its size. A GeoPackage may have grown: QGIS writes into it."""
+    if not path.is_file():
+        return False
+    if path.suffix != ".gpkg":
+        return path.stat().st_size == size
+    with path.open("rb") as stream:
+        return stream.read(16) == b"SQLite format 3\0" and path.stat().st_size >= size
+
+
+def revoke(folder: Path, rows_digest: str | None = None) -> dict[str, set[str]]:
     """Say that the outputs are about to change: until the next manifest, no run finds that nothing has changed.
 
-    rows_digest: of the GeoPackage that is to be published. Returns the digest that buildings.gpkg has if nobody has
-    changed it since it was published, be it the last run's or one of a run that was killed while publishing.
+    rows_digest: of the GeoPackage that is to be published. Returns, for each GeoPackage that was published here, the
+    digests of the rows that it has if nobody has changed it since: the last ones under this name, or those of a run
+    that was killed while publishing.
     """
-    from pyogrio.errors import DataLayerError, DataSourceError
-
-    from .publish import rows_digest as digest_of
     from .store import write_json
 
-    manifest = read_manifest(folder) or {"rows_digest": None}
-    known: list[str | None] = [manifest["rows_digest"], *manifest.get("rows_digests_begun", [])]
+    manifest = _read(folder)
+    own, begun = _digests(manifest)
     if rows_digest is not None:
-        manifest["rows_digests_begun"] = [*known[1:], rows_digest]
+        manifest["rows_digests_begun"] = sorted(begun | {rows_digest})
     write_json(folder / MANIFEST, manifest | {"state": None})
-    path = folder / "buildings.gpkg"
-    if len(known) == 1 or not path.exists():
-        return known[0]
-    try:
-        found = digest_of(path)
-    except (DataSourceError, DataLayerError):
-        return known[0]
-    return found if found in known else known[0]
+    return {path.name: begun | {own[path.name]} if path.name in own else begun for path in _geopackages(folder)}
+
+
+def _digests(manifest: dict[str, Any]) -> tuple[dict[str, str], set[str]]:
+    """Digests of the rows published last, by file name, and of those of killed runs; what is no text is left out."""
+    own, begun = manifest.get("rows_digests"), manifest.get("rows_digests_begun")
+    return (
+        {name: digest for name, digest in own.items() if isinstance(digest, str)} if isinstance(own, dict) else {},
+        {digest for digest in begun if isinstance(digest, str)} if isinstance(begun, list) else set(),
+    )
+
+
+def _geopackages(folder: Path) -> list[Path]:
+    """Files with a name that footprints are published under: buildings.gpkg, buildings-2.gpkg and so on."""
+    return [path for path in folder.glob("buildings*.gpkg") if re.fullmatch(r"buildings(-\d+)?\.gpkg", path.name)]
+
+
+def check_folder_is_ours(folder: Path, config: Path | None = None) -> None:
+    """UserError where a run would write over somebody's own files in its output folder.
+
+    That is where one of them has a name that a run publishes under and no run has left a trace there, or where the
+    YAML file itself (config) is in the place of the resolved one.
+    """
+    if config is not None and (folder / "city.yaml").resolve() == config.resolve():
+        raise UserError(
+            f"output: {folder} holds {config.name} itself, and a run writes the resolved one there; expected another"
+            " folder; cure: `output: run`"
+        )
+    if any((folder / name).exists() for name in TRACES) or "state" in _read(folder):
+        return
+    foreign = [name for name in REPLACED if os.path.lexists(folder / name)]
+    if foreign:
+        raise UserError(
+            f"output: {folder} holds {', '.join(foreign)} of somebody's own: no run has left a trace there, and this"
+            " one would write over it; expected a new folder; cure: name another one in `output:`, or move the files"
+        )
 
 
 def make_manifest(config: CityConfig, plan: Plan, state: dict[str, Any], published: Published) -> dict[str, Any]:
@@ -103,12 +181,15 @@ def make_manifest(config: CityConfig, plan: Plan, state: dict[str, Any], publish
     from .store import Ledger
 
     ledger = Ledger(plan.output)
+    entries = [ledger.entry("scan", tile_unit(plan, index)) or {} for index in range(len(plan.tiles))]
     tiles = [
         {"path": tile.path, "window": asdict(tile.window)}
         | {name: entry.get(name) for name in ("digest", "stamp", "invalid_px", "by_reason")}
-        for index, tile in enumerate(plan.tiles)
-        if (entry := ledger.entry("scan", tile_unit(plan, index)) or {}) is not None
+        for tile, entry in zip(plan.tiles, entries, strict=True)
     ]
+    own, begun = _digests(_read(plan.output))
+    others = {path.name for path in _geopackages(plan.output)} - {published.geopackage.name}
+    outputs = (published.geopackage.name, *OUTPUTS)
     return {
         "name": plan.name,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -142,8 +223,10 @@ def make_manifest(config: CityConfig, plan: Plan, state: dict[str, Any], publish
             }
             for stage, sums in published.stages.items()
         },
-        "rows_digest": published.rows_digest,
-        "outputs": [published.geopackage.name, *OUTPUTS],
+        "rows_digests": {name: digest for name, digest in own.items() if name in others}
+        | {published.geopackage.name: published.rows_digest},
+        "rows_digests_begun": sorted(begun) if others else [],
+        "outputs": {name: (plan.output / name).stat().st_size for name in outputs},
         "tiles": tiles,
         "config": config.model_dump(mode="json"),
         "state": state,

@@ -11,7 +11,7 @@ import os
 import shutil
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,7 @@ ATTRIBUTES = tuple(name for name in SCHEMA.names if name != "geometry")
 PARTIAL = ".partial-segpipe"
 """Marks what is not finished: `mask.partial-segpipe.tif` beside `mask.tif`."""
 
+NODATA = 255
 TILE_PX = 512
 """Internal tiles of the COGs."""
 
@@ -68,14 +69,6 @@ class Written:
 def partial_path(path: Path) -> Path:
     """Where a file is written before it is renamed to path: beside it, with the same suffix."""
     return path.with_name(f"{path.stem}{PARTIAL}{path.suffix}")
-
-
-def remove_leftovers(folder: Path) -> tuple[Path, ...]:
-    """Remove the unfinished files of killed runs, and say which."""
-    leftovers = tuple(sorted(folder.glob(f"*{PARTIAL}*")))
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return leftovers
 
 
 @contextmanager
@@ -137,30 +130,57 @@ def rows_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def place_geopackage(written: Path, folder: Path, published_digest: str | None) -> Path:
+def place_geopackage(
+    written: Path,
+    folder: Path,
+    published: Mapping[str, Collection[str]],
+    left_alone: Callable[[Path, str], None] = lambda path, reason: None,
+) -> Path:
     """Rename a written GeoPackage to buildings.gpkg in folder, or to buildings-2.gpkg and so on, and say which.
 
-    A file is only replaced if it holds the rows last published (published_digest) or the very rows of the new one, no
-    tables of somebody's own, and nobody has it open (a `-wal` or `-journal` beside it). Anything else is left alone.
+    A file is only replaced if it holds rows that were published under its name (published: digests by file name) or
+    the very rows of the new one, no tables of somebody's own, and nobody has it open. Any other is left alone, and
+    left_alone is told which, and why, in words that go on from the file's name.
     """
     number = 1
     while True:
         path = folder / ("buildings.gpkg" if number == 1 else f"buildings-{number}.gpkg")
-        if not os.path.lexists(path) or _is_ours(path, written, published_digest):
+        reason = _why_left_alone(path, written, published.get(path.name, ())) if os.path.lexists(path) else None
+        if reason is None:
             written.replace(path)
             return path
+        left_alone(path, reason)
         number += 1
 
 
-def _is_ours(path: Path, written: Path, published_digest: str | None) -> bool:
-    if any(path.with_name(path.name + suffix).exists() for suffix in ("-wal", "-journal")):
-        return False
+OPEN = "is open in another program"
+CHANGED = "holds other rows than were published"
+
+
+def _why_left_alone(path: Path, written: Path, published: Collection[str]) -> str | None:
+    if any(path.with_name(path.name + suffix).exists() for suffix in ("-wal", "-journal")) or _is_locked(path):
+        return OPEN
     try:
         digest = rows_digest(path)
         foreign_tables = _tables(path) - _tables(written)
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, sqlite3.Error, OSError):
-        return False
-    return not foreign_tables and (digest == published_digest or digest == rows_digest(written))
+        return CHANGED
+    if foreign_tables:
+        return f"holds a table {', '.join(sorted(foreign_tables))} that was not published"
+    return None if digest in published or digest == rows_digest(written) else CHANGED
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether another program is writing to a database, asked without waiting: GDAL would wait for 25 s."""
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=0)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.rollback()
+    except sqlite3.OperationalError as error:
+        return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    except sqlite3.DatabaseError:
+        return False  # no database at all
+    return False
 
 
 def _tables(path: Path) -> set[str]:
@@ -345,16 +365,14 @@ def write_cog(
     window: Window,
     lattice: Lattice,
     *,
-    nodata: int | None = 255,
-    bands: int = 1,
-    resampling: Literal["mode", "average", "nearest"],
+    resampling: Literal["mode", "average"],
     block_px: int,
 ) -> None:
     """Write the raster that covers window as a cloud-optimised GeoTIFF with overviews, and rename it to path.
 
-    read gives uint8 pixels of a part of window, (height, width) or (bands, height, width); it is called once per part,
-    of block_px x block_px rounded down to whole internal tiles. Areas of nothing but nodata take no space. The pixels
-    are read back and compared. Raises RunError if that fails or the disk is full; unfinished files are removed.
+    read gives uint8 pixels (height, width) of a part of window, 255 for nodata; it is called once per part, of block_px
+    x block_px rounded down to whole internal tiles. Areas of nothing but nodata take no space. The pixels are read back
+    and compared. Raises RunError if that fails or the disk is full; unfinished files are removed.
     """
     if not window.pixels:
         raise ValueError(f"window of {window.height} x {window.width} px: a raster has at least one pixel")
@@ -364,7 +382,7 @@ def write_cog(
     options = {"COMPRESS": "DEFLATE", "PREDICTOR": "YES" if resampling == "average" else "NO", "BIGTIFF": "IF_SAFER"}
     try:
         with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES, GDAL_NUM_THREADS="ALL_CPUS"):
-            checksum = _write_flat(flat, read, window, lattice, parts, nodata, bands)
+            checksum = _write_flat(flat, read, window, lattice, parts)
             options |= {"BLOCKSIZE": str(TILE_PX), "OVERVIEWS": "IGNORE_EXISTING", "SPARSE_OK": "YES"}
             options["OVERVIEW_RESAMPLING"] = resampling.upper()
             rasterio.shutil.copy(flat, cog, driver="COG", **options)
@@ -390,26 +408,20 @@ def _parts(window: Window, block_px: int) -> Iterator[Window]:
 
 
 def _write_flat(
-    path: Path,
-    read: Callable[[Window], NDArray[Any]],
-    window: Window,
-    lattice: Lattice,
-    parts: list[Window],
-    nodata: int | None,
-    bands: int,
+    path: Path, read: Callable[[Window], NDArray[Any]], window: Window, lattice: Lattice, parts: list[Window]
 ) -> int:
     """Write a tiled GeoTIFF without overviews, part by part; returns the checksum of its pixels."""
-    profile = {"driver": "GTiff", "dtype": "uint8", "count": bands, "height": window.height, "width": window.width}
-    profile |= {"crs": rasterio.crs.CRS.from_wkt(lattice.crs_wkt), "nodata": nodata}
+    profile = {"driver": "GTiff", "dtype": "uint8", "count": 1, "height": window.height, "width": window.width}
+    profile |= {"crs": rasterio.crs.CRS.from_wkt(lattice.crs_wkt), "nodata": NODATA}
     profile |= {"tiled": True, "blockxsize": TILE_PX, "blockysize": TILE_PX, "compress": "deflate", "zlevel": 1}
     profile |= {"sparse_ok": True, "bigtiff": "IF_SAFER", "interleave": "pixel"}
     checksum = 0
     with rasterio.open(path, "w", transform=lattice.transform(window.row_off, window.col_off), **profile) as raster:
         for part in parts:
-            pixels_BHW = np.asarray(read(part), np.uint8).reshape(bands, *part.shape_yx)
-            checksum = zlib.crc32(pixels_BHW.tobytes(), checksum)
-            if nodata is None or (pixels_BHW != nodata).any():
-                raster.write(pixels_BHW, window=_rasterio_window(part, window))
+            pixels_HW = np.asarray(read(part), np.uint8).reshape(part.shape_yx)
+            checksum = zlib.crc32(pixels_HW.tobytes(), checksum)
+            if (pixels_HW != NODATA).any():
+                raster.write(pixels_HW, 1, window=_rasterio_window(part, window))
     return checksum
 
 
