@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from rasterio.features import rasterize
 
 from segpipe.tasks.errors import UserError
+from segpipe.tasks.files import file_stamp
 from segpipe.tasks.grid import Lattice, Window
-from segpipe.tasks.read import Tile, file_stamp, read_window
+from segpipe.tasks.read import Tile, read_window
 from segpipe.tasks.sample import Area
 from segpipe.tasks.validity import min_pixels, scan_tile
 

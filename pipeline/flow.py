@@ -13,21 +13,21 @@ from functools import lru_cache
 
 import numpy as np
 
-from segpipe.tasks.errors import RunError, TileError
+from segpipe.tasks.errors import DamageError, RunError, TileError
+from segpipe.tasks.files import file_stamp
 from segpipe.tasks.grid import Window
 from segpipe.tasks.predict import reach
-from segpipe.tasks.read import file_stamp
 from segpipe.tasks.seams import Joins, plan_joins
 from segpipe.tasks.vectorize import sides_from_bytes
 
 from . import stages
 from .cluster import Outcome, Pool, Task
-from .plan import Plan, key_of
+from .plan import Plan
 from .progress import Listener
 from .stages import Site, cell_unit, scan_settings, tile_unit
 
-Block = tuple[int, int]
-Chunk = tuple[int, int]
+Block = stages.Cell
+Chunk = stages.Cell
 
 STAGES = ("scan", "read", "predict", "vectorize")
 _PRIORITY = {"vectorize": 0, "predict": 1, "read": 2, "scan": 3, "join": 0}
@@ -97,10 +97,11 @@ class Flow:
         ledger, unit, key = self._site.ledger, cell_unit(*block), self._predict_key(block)
         if ledger.done("predict", unit, key) is not None:
             self._listener.reused("predict")
-            if ledger.done("vectorize", unit, self._vectorize_key(key)) is not None:
+            vectorized = stages.vectorize_key(self._plan, key)
+            if ledger.done("vectorize", unit, vectorized) is not None:
                 self._listener.reused("vectorize")
             else:
-                self._submit("vectorize", (*block, self._vectorize_key(key)))
+                self._submit("vectorize", (*block, vectorized))
             return
         chunks = self._chunks_under(block)
         if any(self._state(chunk) == _FAILED for chunk in chunks):
@@ -133,7 +134,10 @@ class Flow:
     def _scan_is_known(self, tile: int) -> bool:
         entry = self._site.ledger.done("scan", tile_unit(self._plan, tile), scan_settings(self._plan, tile))
         try:
-            known = entry is not None and list(entry["stamp"]) == list(file_stamp(self._plan.tiles[tile].path))
+            known = entry is not None and self._site.ledger.entry("skip", tile_unit(self._plan, tile)) is None
+            known = (
+                known and entry is not None and list(entry["stamp"]) == list(file_stamp(self._plan.tiles[tile].path))
+            )
         except TileError:
             return False
         if known and entry is not None:
@@ -170,7 +174,7 @@ class Flow:
             self._set(arguments[:2], _DONE)
             self._release(("read", arguments[:2]), self._chunks_are_read)
         elif stage == "predict":
-            self._submit("vectorize", (*arguments[:2], self._vectorize_key(arguments[2])))
+            self._submit("vectorize", (*arguments[:2], stages.vectorize_key(self._plan, arguments[2])))
 
     def _release(self, unit: tuple[str, int | Chunk], go_on: Callable[[Block], None]) -> None:
         for block in self._waiting.pop(unit):
@@ -197,6 +201,7 @@ class Flow:
             tile = next(i for i, tile in enumerate(self._plan.tiles) if tile.path == error.path)
             if tile not in self.newly_skipped:
                 self._listener.say(f"skipped: {error}; it counts as nodata")
+                self._site.ledger.record("skip", tile_unit(self._plan, tile), error.reason)
             self.newly_skipped[tile] = error.reason
             return
         self._listener.failed(stage, name, error)
@@ -205,18 +210,11 @@ class Flow:
     # Keys: from which inputs and settings a unit is made
 
     def _key_of_chunk(self, chunk: Chunk) -> str:
-        plan, lattice = self._plan, self._plan.lattice
-        made_of = [(self._digests[t], scan_settings(plan, t)) for t in self._readable_tiles(chunk)]
-        place = (lattice.crs_wkt, lattice.pixel_size, lattice.phase_x, lattice.phase_y, plan.chunk_px, chunk)
-        return key_of(stages.VERSIONS["read"], place, made_of)
+        return stages.chunk_key(self._plan, chunk, [(t, self._digests[t]) for t in self._readable_tiles(chunk)])
 
     def _predict_key(self, block: Block) -> str:
-        plan = self._plan
         chunks = [(chunk, self._chunk_key(chunk)) for chunk in self._chunks_under(block)]
-        return key_of(stages.VERSIONS["predict"], plan.model_digest, plan.recipe, block, chunks)
-
-    def _vectorize_key(self, predict_key: str) -> str:
-        return key_of(stages.VERSIONS["vectorize"], predict_key, self._plan.vector)
+        return stages.predict_key(self._plan, block, chunks)
 
     # Where things lie
 
@@ -270,24 +268,19 @@ def run_joins(plan: Plan, pool: Pool, listener: Listener) -> list[Block]:
                 listener.failed("join", unit, outcome.error)
                 failures.append((unit, outcome.error))
     if failures:
-        raise RunError(f"joining at block {failures[0][0]}: {failures[0][1]}")
+        unit, error = failures[0]
+        kind = DamageError if isinstance(error, DamageError) else RunError
+        raise kind(f"joining at block {unit}: {error}")
     return [blocks[home] for home in homes]
 
 
 def _join_task(site: Site, blocks: list[Block], joins: Joins, home: int) -> Task | None:
     """The task of one home block, None if it is done."""
     members = np.unique(joins.block).tolist()
-    pieces = [(cell_unit(*blocks[n]), _key(site, "vectorize", blocks[n])) for n in members]
-    numbers = (joins.building - joins.building[0], np.searchsorted(members, joins.block), joins.label)
-    key = key_of(stages.VERSIONS["join"], pieces, [n.tolist() for n in numbers])
+    pieces = [(cell_unit(*blocks[n]), stages.key_in_ledger(site, "vectorize", blocks[n])) for n in members]
+    local = type(joins)(joins.home, joins.building, np.searchsorted(members, joins.block).astype(np.int32), joins.label)
+    key = stages.join_key(local, pieces)
     if site.ledger.done("join", cell_unit(*blocks[home]), key) is not None:
         return None
-    local = type(joins)(joins.home, joins.building, np.searchsorted(members, joins.block).astype(np.int32), joins.label)
     arguments = (*blocks[home], key, local, tuple(blocks[n] for n in members))
     return Task(stages.join, arguments, False, _PRIORITY["join"])
-
-
-def _key(site: Site, stage: str, block: Block) -> str:
-    entry = site.ledger.entry(stage, cell_unit(*block))
-    assert entry is not None
-    return str(entry["key"])

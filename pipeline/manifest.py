@@ -212,7 +212,7 @@ def make_manifest(config: CityConfig, plan: Plan, state: dict[str, Any], publish
         },
         "invalid_px": published.validity,
         "skipped": published.skipped,
-        "notes": plan.notes,
+        "notes": published.notes,
         "stages": {
             stage: {
                 "done": sums.units,

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -29,13 +29,16 @@ from segpipe.tasks.vectorize import VectorSettings
 
 from .config import CityConfig, ClusterConfig
 from .inputs import find_images
+from .manifest import check_folder_is_ours
 from .store import Layout
 
 TOLERANCE_PX = 1e-3
 """How far a tile's corners may lie off the lattice, in pixels."""
 LARGEST_AUTO_BLOCK_PX = 4096
 LARGEST_AUTO_HALO_PX = 320
-SCRATCH = 1.5
+FILLED = 0.9
+"""How much of a worker's memory a predict task may fill: at 95 % the worker is ended."""
+SCRATCH = 1.6
 """Memory of a pass against its activations: the convolutions' own, and what the allocator keeps (measured)."""
 WORKER_BASE_BYTES = 900 * 2**20
 """A worker before its first window: libraries, network, GDAL's cache."""
@@ -70,7 +73,6 @@ class Plan:
     name: str
     output: Path
     tiles: tuple[Tile, ...]
-    headers: tuple[TileHeader, ...] = field(repr=False)
     layout: Layout
     bounds: Window
     nodata_min_m2: float
@@ -84,6 +86,12 @@ class Plan:
     task_bytes: int
     left_out: dict[str, str]
     notes: tuple[str, ...]
+    lock: str = ""
+    """Token of the lock under which tasks may write; an empty text: nobody asks."""
+
+    def settled(self) -> dict[str, Any]:
+        """What this run has settled for all later ones in its folder: the lattice, the block size and the threads."""
+        return {"lattice": asdict(self.lattice), "block_px": self.block_px, "threads": self.recipe.threads}
 
     @property
     def lattice(self) -> Lattice:
@@ -130,7 +138,13 @@ class Plan:
         return min_pixels(self.nodata_min_m2, ground_pixel_m(self.lattice, self.tiles[tile].window) ** 2)
 
     def _cells(self, step: int) -> Iterator[tuple[int, int]]:
-        return (cell for cell in self.layout.grid.cells(step) if self.tiles_in(Window.cell(*cell, step)))
+        grid = self.layout.grid
+        for row in range(grid.row_off // step, -(-grid.row_stop // step)):
+            strip = Window(row * step, grid.col_off, step, grid.width)
+            cols = {
+                col for tile in self.tiles_in(strip) for _, col in self.tiles[tile].window.intersect(strip).cells(step)
+            }
+            yield from ((row, col) for col in sorted(cols))
 
     @cached_property
     def _index(self) -> shapely.STRtree:
@@ -154,6 +168,7 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None) -> Plan:
     """
     stored = stored or {}
     output = check_output(config.path(config.output))
+    check_folder_is_ours(output, config.file)
     model = find_model(config.model, config.file.parent)
     card = _card(model)
     headers, left_out = read_headers(find_images(config.images, config), skip=config.on_tile_error == "skip")
@@ -167,7 +182,7 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None) -> Plan:
     for tile in tiles[1:]:
         bounds = bounds.union(tile.window)
     layout = Layout(lattice, bounds.snap(config.grid.chunk_px), config.grid.chunk_px, len(config.bands))
-    workers = resolve_workers(config.cluster)
+    workers = resolve_workers(config.cluster, stored.get("threads"))
     halo_px, notes = _resolve_halo(config, card)
     recipe, task_bytes = _resolve_recipe(config, card, halo_px, layout, workers, stored.get("block_px"))
     _check_disk(output, tiles, len(config.bands))
@@ -176,7 +191,6 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None) -> Plan:
         name=config.name,
         output=output,
         tiles=tiles,
-        headers=headers,
         layout=layout,
         bounds=bounds,
         nodata_min_m2=config.nodata_min_m2,
@@ -283,8 +297,10 @@ def place_lattice(
                 f" cure: gdalwarp -tr {size:g} {size:g} -r average, or leave the tile out of `images:`"
             )
     if stored is not None:
-        known = Lattice(crs.to_wkt(), stored["pixel_size"], stored["phase_x"], stored["phase_y"])
-        if CRS.from_wkt(stored["crs_wkt"]) == crs and known.pixel_size == size:
+        known = Lattice(stored["crs_wkt"], stored["pixel_size"], stored["phase_x"], stored["phase_y"])
+        # Stored whole, its wording too: a tile that comes first and says the same in other digits re-keys nothing.
+        longest = max(max(header.width, header.height) for header in headers)
+        if CRS.from_wkt(known.crs_wkt) == crs and abs(known.pixel_size - size) * longest <= TOLERANCE_PX * size:
             return known
     return Lattice(crs.to_wkt(), size, _phase(first.transform[2], size), _phase(first.transform[5], size))
 
@@ -389,18 +405,53 @@ def _check_resolution(headers: Sequence[TileHeader], tiles: Sequence[Tile], latt
             )
 
 
-def resolve_workers(config: ClusterConfig) -> Workers:
-    """Workers, threads and memory from the configuration and the machine (what it has, not what happens to be free)."""
-    cores = os.cpu_count() or 1
-    count = config.workers if config.workers != "auto" else max(1, cores // 8)
-    threads = config.threads if config.threads != "auto" else max(1, cores // count)
+def resolve_workers(config: ClusterConfig, stored_threads: int | None = None) -> Workers:
+    """Workers, threads and memory from the configuration and what this process may use of the machine.
+
+    Not what happens to be free: that would decide the block size. stored_threads: those of the first run in this
+    folder, which are part of the recipe.
+    """
+    gpus = torch_gpus()
+    cores, memory_bytes = allowance()
+    count = config.workers if config.workers != "auto" else gpus or max(1, cores // 8)
+    threads = config.threads if config.threads != "auto" else stored_threads or max(1, cores // count)
     if config.memory == "auto":
-        total = int(psutil.virtual_memory().total * 0.8)
+        total = int(memory_bytes * 0.8)
     else:
         unit = config.memory.lstrip("0123456789. ")
         number = float(config.memory.removesuffix(unit))
         total = int(number * {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}[unit])
     return Workers(count, threads, total // count)
+
+
+def torch_gpus() -> int:
+    """How many CUDA devices this process sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def allowance() -> tuple[int, int]:
+    """Cores and bytes of memory that this process may use: of the machine, its CPU affinity, and its control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory_bytes = psutil.virtual_memory().total
+    quota = _cgroup("cpu.max").split()
+    if len(quota) == 2 and quota[0].isdigit():
+        cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
+    limit = _cgroup("memory.max").strip()
+    return cores, min(memory_bytes, int(limit)) if limit.isdigit() else memory_bytes
+
+
+def _cgroup(name: str) -> str:
+    """A limit of this process's control group (version 2), an empty text where there is none."""
+    try:
+        own = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
+        for folder in (Path("/sys/fs/cgroup") / own, Path("/sys/fs/cgroup")):
+            if (folder / name).is_file():
+                return (folder / name).read_text()
+    except OSError:
+        pass
+    return ""
 
 
 def _resolve_halo(config: CityConfig, card: Card) -> tuple[int, list[str]]:
@@ -454,10 +505,11 @@ def _resolve_recipe(
             block_px += step
         while block_px > step and sum(1 for _ in layout.grid.cells(block_px)) < workers.count:
             block_px -= step
-    if task_bytes(block_px) > workers.memory_bytes:
+    if task_bytes(block_px) > FILLED * workers.memory_bytes:
         raise UserError(
             f"cluster.memory: {workers.memory_bytes / 2**30:.1f} GiB a worker, but a block of {block_px} px with a halo"
-            f" of {halo_px} px takes {task_bytes(block_px) / 2**30:.1f} GiB; cure: a smaller `grid: {{block_px: …}}`,"
+            f" of {halo_px} px takes {task_bytes(block_px) / 2**30:.1f} GiB, which may fill {FILLED:.0%} of it; cure: a"
+            f" smaller `grid: {{block_px: …}}`,"
             f" fewer `cluster: {{workers: …}}`, or more memory"
         )
     kind = device_recipe(device)

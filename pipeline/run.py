@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from rich.console import Console
 
-from segpipe.tasks.errors import RunError, UserError
+from segpipe.tasks.errors import DamageError, RunError, TileError, UserError
 from segpipe.tasks.grid import Window
 from segpipe.tasks.predict import INVALID
 from segpipe.tasks.read import read_window
@@ -32,12 +33,24 @@ from .flow import Block, Flow, run_joins
 from .inputs import versions
 from .plan import Plan, describe, ground_pixel_m, make_plan, pixels_seen, seconds_of
 from .progress import Listener, StageSums, watching
-from .stages import Receipt, Site, cell_unit, read_fragment, read_image, read_joined, read_probability, tile_unit
-from .store import Store, locked, prepare_store, remove_leftovers, write_bytes, write_json
+from .stages import (
+    Receipt,
+    Site,
+    cell_unit,
+    forget_damaged,
+    read_fragment,
+    read_image,
+    read_joined,
+    read_probability,
+    tile_unit,
+)
+from .store import OWN_FOLDERS, Store, locked, prepare_store, remove_leftovers, write_bytes, write_json
 
 SETTLED = "settled.json"
 ORDER_CELL_PX = 4096
 """Buildings are published cell by cell of the lattice, row by row, and in a cell by first pixel: whatever the cut."""
+MOST_PASSES = 4
+"""Passes over a city at most that heal what is damaged."""
 LOOKED_AT = 40
 """Tiles at most that a dry run reads."""
 
@@ -54,6 +67,7 @@ class Published:
     valid_px: int
     validity: dict[str, int]
     skipped: dict[str, str]
+    notes: tuple[str, ...]
     stages: dict[str, StageSums]
 
 
@@ -68,20 +82,21 @@ def map_city(config: CityConfig, console: Console, scheduler: str | None = None,
     plan = make_plan(config, stored=None if fresh else read_settled(output))
     make_output(output)
     with ExitStack() as stack:
-        stack.enter_context(locked(output))
+        plan = replace(plan, lock=stack.enter_context(locked(output)))
         if fresh:
             start_over(output)
         listener = stack.enter_context(watching(output, console))
         for label, text in describe(plan):
             listener.say(f"{label:>10}  {text}")
         remove_leftovers(output)
-        write_json(output / SETTLED, {"lattice": asdict(plan.lattice), "block_px": plan.block_px})
+        write_json(output / SETTLED, plan.settled())
         prepare_store(output, plan.layout)
         published = run_plan(config, plan, listener, scheduler)
         write_preview_and_report(config, plan, published)
         done = manifest.make_manifest(config, plan, state, published)
-        drop_store(config, plan)
+        # The manifest first: killed in between, what is published counts, and what is left over is dropped later.
         manifest.write_manifest(output, done)
+        drop_store(output, config.store.keep)
     return published
 
 
@@ -130,7 +145,7 @@ def start_over(folder: Path) -> None:
     manifest.revoke(folder)
     for name in (SETTLED, "tasks.jsonl"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("ledger", "store.zarr", "fragments", "validity"):
+    for name in OWN_FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -140,30 +155,47 @@ def run_plan(config: CityConfig, plan: Plan, listener: Listener, scheduler: str 
     listener.expect("read", sum(1 for _ in plan.chunks()))
     for stage in ("predict", "vectorize"):
         listener.expect(stage, sum(1 for _ in plan.blocks()))
-    with open_pool(plan, scheduler) as pool:
-        if pool.dashboard:
-            listener.say(f"{'dashboard':>10}  {pool.dashboard}")
-        with listener.showing():
-            skipped = carry_all(plan, pool, listener)
-            homes = run_joins(plan, pool, listener)
-    return publish_all(config, plan, listener, homes, skipped)
+    for passes_left in (2, 1, 0):
+        try:
+            with open_pool(plan, scheduler) as pool:
+                if pool.dashboard:
+                    listener.say(f"{'dashboard':>10}  {pool.dashboard}")
+                with listener.showing():
+                    skipped = carry_all(plan, pool, listener)
+                    homes = run_joins(plan, pool, listener)
+            return publish_all(config, plan, listener, homes, skipped)
+        except DamageError as error:
+            if not passes_left:
+                raise
+            listener.say(f"damaged: {error}")
+            listener.say(f"{forget_damaged(Site(plan)) + 1} files are damaged or missing, and are made anew")
+    raise AssertionError("the last pass returns or raises")
 
 
 def carry_all(plan: Plan, pool: Pool, listener: Listener) -> dict[int, str]:
     """Carry all blocks up to their fragments; returns the tiles that were skipped, and why.
 
     A tile that cannot be read in the middle of a run makes its chunks and the blocks that saw it stale, whether it is
-    to be skipped or repaired: their keys no longer hold, so another pass does just them.
+    to be skipped or repaired: their keys no longer hold, so another pass does just them. So it is with a chunk that is
+    found damaged.
     """
     skipped: dict[int, str] = {}
-    while True:
+    for number in itertools.count(1):
         flow = Flow(plan, pool, listener, skipped)
         flow.run()
+        if (
+            flow.failures
+            and all(isinstance(error, DamageError) for _, _, error in flow.failures)
+            and number < MOST_PASSES
+        ):
+            listener.say(f"damaged: {flow.failures[0][2]}, and {len(flow.failures) - 1} more")
+            continue
         if flow.failures:
             raise RunError(_told(flow.failures))
         if not flow.newly_skipped:
             return skipped
         skipped |= flow.newly_skipped
+    raise AssertionError("passes have no end but a return")
 
 
 def _told(failures: list[tuple[str, str, BaseException]]) -> str:
@@ -211,9 +243,22 @@ def publish_all(
         resampling="average",
         block_px=block_px,
     )
-    placed = publish.place_geopackage(geopackage, folder, manifest.revoke(folder, written.digest))
-    if placed.name != "buildings.gpkg":
-        listener.say(f"buildings.gpkg was changed since it was published, and is left alone; the new one is {placed}")
+    notes = list(plan.notes)
+    left: list[str] = []
+    placed = publish.place_geopackage(
+        geopackage,
+        folder,
+        manifest.revoke(folder, written.digest),
+        lambda path, why: left.append(f"{path.name} {why}, and is left alone"),
+    )
+    if left:
+        notes.append(f"{'; '.join(left)}; the new one is {placed}")
+        listener.say(notes[-1])
+    if oversized := sum(_joined_at(site, home).get("oversized", 0) for home in homes):
+        notes.append(
+            f"{oversized} buildings reach further than a block: memory was set by them, not by the block alone"
+        )
+        listener.say(notes[-1])
     seconds = time.perf_counter() - start
     listener.done(Receipt("publish", plan.name, plan.bounds.pixels, placed.stat().st_size, seconds, {}))
     return Published(
@@ -225,8 +270,13 @@ def publish_all(
         valid_px=valid_px,
         validity=_validity(site, skipped),
         skipped=plan.left_out | {plan.tiles[tile].path: reason for tile, reason in skipped.items()},
+        notes=tuple(notes),
         stages=listener.stages,
     )
+
+
+def _joined_at(site: Site, home: Block) -> dict[str, Any]:
+    return site.ledger.entry("join", cell_unit(*home)) or {}
 
 
 class _Sum:
@@ -322,7 +372,7 @@ def write_preview_and_report(config: CityConfig, plan: Plan, published: Publishe
     preview = folder / "preview.png"
     report.write_preview(
         preview,
-        lambda window: _image(site, window),
+        lambda window: _image(site, window, published.skipped.keys()),
         lambda window: read_probability(site, window) != INVALID,
         plan.bounds,
         plan.lattice,
@@ -351,32 +401,36 @@ def write_preview_and_report(config: CityConfig, plan: Plan, published: Publishe
             for name, it in published.stages.items()
         ),
         skipped=tuple(published.skipped.items()),
-        warnings=plan.notes,
+        warnings=published.notes,
         versions=tuple(versions().items()),
         outputs=((published.geopackage.name, "the footprints, layer buildings"), *OUTPUTS),
     )
     report.write_report(folder / "report.html", page, preview)
 
 
-def _image(site: Site, window: Window) -> NDArray[np.uint8]:
-    """The imagery of a window: from the store, or, where that was not kept, from the tiles."""
+def _image(site: Site, window: Window, skipped: Collection[str]) -> NDArray[np.uint8]:
+    """The imagery of a window: from the store, or, where that was not kept, from the tiles that can be read."""
     plan = site.plan
     chunks = plan.chunks_in(window)
     if all(site.ledger.entry("read", cell_unit(*chunk)) is not None for chunk in chunks):
         return read_image(site, window)
-    tiles = [plan.tiles[tile] for tile in plan.tiles_in(window)]
-    return read_window(tiles, window, lambda tile, part: None)[0]
+    tiles = [plan.tiles[tile] for tile in plan.tiles_in(window) if plan.tiles[tile].path not in skipped]
+    blank = np.zeros((plan.layout.bands, *window.shape_yx), np.uint8)
+    try:
+        return read_window(tiles, window, lambda tile, part: None)[0] if tiles else blank
+    except TileError:
+        return blank  # a picture is no reason to fail: what is published was made before
 
 
-def drop_store(config: CityConfig, plan: Plan) -> None:
+def drop_store(folder: Path, keep: Literal["all", "probability", "none"]) -> None:
     """Delete what `store.keep` does not keep, with its entries in the ledger."""
-    keep, folder = config.store.keep, plan.output
     if keep == "probability":
         # The ledger first: killed in between, it must not name what is gone.
         shutil.rmtree(folder / "ledger" / "read", ignore_errors=True)
-        store = Store(folder)
-        for array in ("image", "valid"):
-            store.drop(array)
+        if (folder / "store.zarr" / "image").exists() or (folder / "store.zarr" / "valid").exists():
+            store = Store(folder)
+            for array in ("image", "valid"):
+                store.drop(array)
     elif keep == "none":
-        for name in ("ledger", "store.zarr", "fragments", "validity"):
+        for name in OWN_FOLDERS:
             shutil.rmtree(folder / name, ignore_errors=True)

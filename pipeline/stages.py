@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,15 @@ from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
+import shapely
 from numpy.typing import NDArray
 
-from segpipe.tasks.errors import RunError
+from segpipe.tasks.errors import DamageError, RunError, TileError
+from segpipe.tasks.files import file_digest, file_stamp
 from segpipe.tasks.grid import Window
 from segpipe.tasks.merge import merge
 from segpipe.tasks.predict import INVALID, predict_core, reach
-from segpipe.tasks.read import Tile, file_digest, file_stamp, read_window
+from segpipe.tasks.read import Tile, check_readable, read_window
 from segpipe.tasks.seams import Joins, collect
 from segpipe.tasks.seams import join as unite_pieces
 from segpipe.tasks.validity import scan_tile
@@ -40,10 +43,13 @@ from segpipe.tasks.vectorize import (
 )
 
 from .plan import Plan, key_of
-from .store import Ledger, Store, write_bytes
+from .store import Ledger, Store, lock_token, write_bytes
 
 if TYPE_CHECKING:
     from segpipe.models.predictor import Predictor
+
+Cell = tuple[int, int]
+"""Absolute index (row, col) of a chunk or a block."""
 
 VERSIONS = {"scan": 1, "read": 1, "predict": 1, "vectorize": 1, "join": 1}
 """Raised when a stage of a new version gives other bytes for the same input: what older ones did is then not done."""
@@ -88,6 +94,15 @@ class Site:
                 self._predictor = load_predictor(self.plan)
             return self._predictor
 
+    def begin(self, stage: str, unit: str) -> None:
+        """Before the first write of a unit: take its old entry back, for its data is about to be another's.
+
+        RunError if another run has the lock by now: a task may outlive the driver that has sent it.
+        """
+        if self.plan.lock and lock_token(self.folder) != self.plan.lock:
+            raise RunError(f"{self.folder}: another run is at work here; expected the lock of the run that sent this")
+        self.ledger.forget(stage, unit)
+
 
 def load_predictor(plan: Plan) -> Predictor:
     """The network of a plan on this process's device. RunError if it cannot honour the recipe."""
@@ -124,26 +139,58 @@ def scan_settings(plan: Plan, tile: int) -> str:
     return key_of(VERSIONS["scan"], it.window, it.bands, it.nodata, it.tolerance, it.mask, plan.min_nodata_pixels(tile))
 
 
+def chunk_key(plan: Plan, chunk: Cell, tiles: list[tuple[int, str]]) -> str:
+    """What a chunk is made from: its place, and its tiles, by index and digest."""
+    lattice = plan.lattice
+    place = (lattice.crs_wkt, lattice.pixel_size, lattice.phase_x, lattice.phase_y, plan.chunk_px, chunk)
+    return key_of(VERSIONS["read"], place, [(digest, scan_settings(plan, tile)) for tile, digest in tiles])
+
+
+def predict_key(plan: Plan, block: Cell, chunks: list[tuple[Cell, str]]) -> str:
+    """What a block's probabilities are made from: weights, recipe, and the chunks under it, by index and key."""
+    return key_of(VERSIONS["predict"], plan.model_digest, plan.recipe, block, chunks)
+
+
+def vectorize_key(plan: Plan, predicted: str) -> str:
+    """What a block's fragment is made from: its probabilities, by their key, and the settings."""
+    return key_of(VERSIONS["vectorize"], predicted, plan.vector)
+
+
+def join_key(joins: Joins, pieces: list[tuple[str, str]]) -> str:
+    """What joined buildings are made from: the fragments of their pieces, by unit and key, and what goes together."""
+    numbers = (joins.building - joins.building[0], joins.block, joins.label)
+    return key_of(VERSIONS["join"], pieces, [n.tolist() for n in numbers])
+
+
+def _expect_key(found: str, key: str, what: str) -> None:
+    if found != key:
+        raise RunError(f"{what}: the ledger has other inputs by now than this task was sent for; run again")
+
+
 def scan(site: Site, tile: int) -> Receipt:
     """Read one whole tile: its digest, and which of its pixels are invalid and why. Kept under `validity/`.
 
-    A tile whose stamp has changed but whose digest has not is not looked at again.
+    A tile whose stamp has changed but whose digest has not is not looked at again. One that was skipped is decoded to
+    its end before it counts as readable.
     """
     start = time.perf_counter()
     plan = site.plan
     it, unit, settings = plan.tiles[tile], tile_unit(plan, tile), scan_settings(plan, tile)
     stamp = list(file_stamp(it.path))
     digest = file_digest(it.path)
+    if site.ledger.entry("skip", unit) is not None:
+        check_readable(it)
+        site.ledger.forget("skip", unit)
     known = site.ledger.done("scan", unit, settings)
     if known is not None and known["digest"] == digest:
         values = {name: known[name] for name in ("invalid_px", "by_reason")}
     else:
-        with _Validity.writing(site.folder, unit, digest) as write_invalid:
+        with _Validity.writing(site.folder, unit, settings, digest) as write_invalid:
             found = scan_tile(it, plan.min_nodata_pixels(tile), write_invalid)
         values = {"invalid_px": found.invalid_px, "by_reason": found.by_reason}
     site.ledger.record("scan", unit, settings, path=it.path, stamp=stamp, digest=digest, **values)
     seconds = time.perf_counter() - start
-    return Receipt("scan", unit, it.window.pixels, stamp[0], seconds, values | {"tile": tile, "digest": digest})
+    return Receipt("scan", unit, it.window.pixels, 0, seconds, values | {"tile": tile, "digest": digest})
 
 
 class _Validity:
@@ -151,8 +198,10 @@ class _Validity:
 
     @staticmethod
     @contextmanager
-    def writing(folder: Path, unit: str, digest: str) -> Iterator[Callable[[Window, NDArray[np.bool_]], None]]:
-        path = _Validity.path(folder, unit, digest)
+    def writing(
+        folder: Path, unit: str, settings: str, digest: str
+    ) -> Iterator[Callable[[Window, NDArray[np.bool_]], None]]:
+        path = _Validity.path(folder, unit, settings, digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f"{path.name}.{uuid4().hex}.partial")
         try:
@@ -166,10 +215,10 @@ class _Validity:
             beside.unlink(missing_ok=True)
 
     @staticmethod
-    def read(folder: Path, unit: str, digest: str, window: Window) -> NDArray[np.bool_] | None:
+    def read(path: Path, window: Window) -> NDArray[np.bool_] | None:
         """True where a pixel of the window is invalid; None where all are valid."""
         invalid: NDArray[np.bool_] | None = None
-        with zipfile.ZipFile(_Validity.path(folder, unit, digest)) as file:
+        with zipfile.ZipFile(path) as file:
             for name in file.namelist():
                 piece = Window(*(int(n) for n in name.split("_")))
                 common = piece.intersect(window)
@@ -181,8 +230,8 @@ class _Validity:
         return invalid
 
     @staticmethod
-    def path(folder: Path, unit: str, digest: str) -> Path:
-        return folder / "validity" / f"{unit}-{digest}.zip"
+    def path(folder: Path, unit: str, settings: str, digest: str) -> Path:
+        return folder / "validity" / f"{unit}-{settings[:8]}-{digest}.zip"
 
 
 def read(site: Site, row: int, col: int, key: str, tiles: tuple[tuple[int, str], ...]) -> Receipt:
@@ -190,21 +239,25 @@ def read(site: Site, row: int, col: int, key: str, tiles: tuple[tuple[int, str],
     start = time.perf_counter()
     plan, unit = site.plan, cell_unit(row, col)
     window = Window.cell(row, col, plan.chunk_px)
-    names = {plan.tiles[tile].path: (tile_unit(plan, tile), digest) for tile, digest in tiles}
+    entries = {plan.tiles[tile].path: _scanned(site, tile, digest) for tile, digest in tiles}
 
     def invalid(tile: Tile, part: Window) -> NDArray[np.bool_] | None:
+        path, _ = entries[tile.path]
         try:
-            return _Validity.read(site.folder, *names[tile.path], part)
+            return _Validity.read(path, part)
         except (OSError, zipfile.BadZipFile, zlib.error, ValueError) as error:
-            site.ledger.forget("scan", names[tile.path][0])
-            path = _Validity.path(site.folder, *names[tile.path])
-            raise RunError(f"{path}: {error}; expected what scan wrote; run again, it will be made anew") from None
+            site.ledger.forget("scan", tile_unit(plan, plan.tiles.index(tile)))
+            raise DamageError(f"{path}: {error}; expected what scan wrote; run again, it will be made anew") from None
 
     if tiles:
         image_CHW, valid_HW = read_window([plan.tiles[tile] for tile, _ in tiles], window, invalid)
     else:
         image_CHW = np.zeros((plan.layout.bands, *window.shape_yx), np.uint8)
         valid_HW = np.zeros(window.shape_yx, np.bool_)
+    for path, (_, stamp) in entries.items():
+        if list(file_stamp(path)) != stamp:
+            raise TileError(path, "has changed since it was looked at, in the middle of this run")
+    site.begin("read", unit)
     valid_u8 = valid_HW.astype(np.uint8)
     sums = {
         "image": site.store.write_chunk("image", row, col, image_CHW),
@@ -216,12 +269,23 @@ def read(site: Site, row: int, col: int, key: str, tiles: tuple[tuple[int, str],
     return Receipt("read", unit, window.pixels, image_CHW.nbytes, seconds, {"valid_px": valid_px})
 
 
+def _scanned(site: Site, tile: int, digest: str) -> tuple[Path, list[str | int]]:
+    """Where the invalid pixels of a tile are, and the stamp that it had when it was looked at."""
+    unit, settings = tile_unit(site.plan, tile), scan_settings(site.plan, tile)
+    entry = site.ledger.done("scan", unit, settings)
+    if entry is None or entry["digest"] != digest:
+        raise DamageError(f"{site.plan.tiles[tile].path}: the ledger has another scan of it by now; run again")
+    return _Validity.path(site.folder, unit, settings, digest), entry["stamp"]
+
+
 def predict(site: Site, row: int, col: int, key: str) -> Receipt:
     """Predict the core of one block and write its chunks of `probability`."""
     start = time.perf_counter()
     plan, unit = site.plan, cell_unit(row, col)
     core, halo_px, stride = plan.core(row, col), plan.recipe.halo_px, plan.card.stride
     outer = reach(core, halo_px, stride)
+    under = [(chunk, key_in_ledger(site, "read", chunk)) for chunk in plan.chunks_in(outer)]
+    _expect_key(predict_key(plan, (row, col), under), key, f"block {unit}")
     valid_HW = _merged(site, "read", "valid", outer, 0).astype(np.bool_)
     seen_px, seconds_network = 0, 0.0
     if not valid_HW[core.within(outer)].any():
@@ -232,6 +296,7 @@ def predict(site: Site, row: int, col: int, key: str) -> Receipt:
         begun = time.perf_counter()
         prob_HW, seen_px = predict_core(image_CHW, valid_HW, core, halo_px, stride, predictor.predict)
         seconds_network = time.perf_counter() - begun
+    site.begin("predict", unit)
     sums = {}
     for chunk in plan.chunks_in(core):
         part = prob_HW[Window.cell(*chunk, plan.chunk_px).within(core)]
@@ -247,11 +312,13 @@ def vectorize(site: Site, row: int, col: int, key: str) -> Receipt:
     start = time.perf_counter()
     plan, unit = site.plan, cell_unit(row, col)
     core = plan.core(row, col)
+    _expect_key(vectorize_key(plan, key_in_ledger(site, "predict", (row, col))), key, f"block {unit}")
     prob_HW = read_probability(site, core)
     fragment = vectorize_block(prob_HW, core, plan.lattice, plan.vector)
     data = fragment_to_bytes(fragment)
     path = fragment_path(site.folder, row, col)
     path.parent.mkdir(parents=True, exist_ok=True)
+    site.begin("vectorize", unit)
     write_bytes(path, data)
     values = {
         "valid_px": fragment.valid_pixels,
@@ -263,10 +330,12 @@ def vectorize(site: Site, row: int, col: int, key: str) -> Receipt:
     return Receipt("vectorize", unit, fragment.valid_pixels, len(data), time.perf_counter() - start, values)
 
 
-def join(site: Site, row: int, col: int, key: str, joins: Joins, blocks: tuple[tuple[int, int], ...]) -> Receipt:
+def join(site: Site, row: int, col: int, key: str, joins: Joins, blocks: tuple[Cell, ...]) -> Receipt:
     """Unite the buildings whose first pixel lies in one block and which touch its sides. blocks: index by number."""
     start = time.perf_counter()
     plan, unit = site.plan, cell_unit(row, col)
+    pieces = [(cell_unit(*block), key_in_ledger(site, "vectorize", block)) for block in blocks]
+    _expect_key(join_key(joins, pieces), key, f"joining at block {unit}")
 
     def read_border(number: int) -> Components:
         return border_from_bytes(read_fragment(site, *blocks[number]))
@@ -275,8 +344,11 @@ def join(site: Site, row: int, col: int, key: str, joins: Joins, blocks: tuple[t
     buildings = finish(whole, plan.vector, plan.lattice, lambda window: read_probability(site, window))
     data = _to_ipc(buildings.to_arrow())
     path = joined_path(site.folder, row, col)
+    site.begin("join", unit)
     write_bytes(path, data)
-    values = {"joined": len(whole), "finished": len(buildings)}
+    bounds = shapely.bounds(whole.geometry)
+    oversized = int(np.count_nonzero((bounds[:, 2:] - bounds[:, :2] > plan.block_px).any(axis=1)))
+    values = {"joined": len(whole), "finished": len(buildings), "oversized": oversized}
     site.ledger.record("join", unit, key, checksum=zlib.crc32(data), **values)
     return Receipt("join", unit, int(whole.pixels.sum()), len(data), time.perf_counter() - start, values)
 
@@ -289,6 +361,14 @@ def fragment_path(folder: Path, row: int, col: int) -> Path:
 def joined_path(folder: Path, row: int, col: int) -> Path:
     """The file of the buildings that were joined over seams and have their first pixel in a block."""
     return folder / "fragments" / f"{cell_unit(row, col)}.joined.arrow"
+
+
+def key_in_ledger(site: Site, stage: str, cell: Cell) -> str:
+    """The key in a unit's ledger entry. DamageError where there is none (any more)."""
+    entry = site.ledger.entry(stage, cell_unit(*cell))
+    if entry is None:
+        raise DamageError(f"{stage} {cell_unit(*cell)}: not in the ledger; expected it done; run again")
+    return str(entry["key"])
 
 
 def read_fragment(site: Site, row: int, col: int) -> bytes:
@@ -320,7 +400,7 @@ def _checked(site: Site, stage: str, row: int, col: int, path: Path) -> bytes:
         reason = "another checksum than the ledger's"
     if entry is None or not data or zlib.crc32(data) != entry["checksum"]:
         site.ledger.forget(stage, cell_unit(row, col))
-        raise RunError(f"{path}: {reason}; expected the file that {stage} wrote; run again, it will be made anew")
+        raise DamageError(f"{path}: {reason}; expected the file that {stage} wrote; run again, it will be made anew")
     return data
 
 
@@ -340,18 +420,49 @@ def _merged(site: Site, stage: str, array: str, window: Window, fill: int) -> ND
     chunks = plan.chunks_in(window)
 
     def parts() -> Iterator[tuple[Window, NDArray[np.uint8]]]:
+        damaged: list[RunError] = []
         for chunk in chunks:
-            # A probability chunk is entered under its block, the others under themselves.
-            owner = chunk if stage == "read" else tuple(i * plan.chunk_px // plan.block_px for i in chunk)
-            unit = cell_unit(*owner)
-            entry = site.ledger.entry(stage, unit)
-            if entry is None:
-                raise RunError(f"chunk {cell_unit(*chunk)} of {array}: not in the ledger; expected it done by {stage}")
-            expected = entry["checksum"][array if stage == "read" else cell_unit(*chunk)]
             try:
-                yield Window.cell(*chunk, plan.chunk_px), site.store.read_chunk(array, *chunk, expected)
-            except RunError as error:
-                site.ledger.forget(stage, unit)
-                raise RunError(f"{error}; run again, it will be made anew") from None
+                yield Window.cell(*chunk, plan.chunk_px), _checked_chunk(site, stage, array, chunk)
+            except DamageError as error:
+                damaged.append(error)
+        if damaged:
+            # All of them are looked at, and forgotten, before the first is told: one more pass is to heal them all.
+            raise damaged[0]
 
     return merge(window, parts(), [Window.cell(*chunk, plan.chunk_px) for chunk in chunks], fill)
+
+
+def _checked_chunk(site: Site, stage: str, array: str, chunk: Cell) -> NDArray[np.uint8]:
+    """A whole chunk, compared with its checksum in the ledger, where that stage has entered it."""
+    plan = site.plan
+    # A probability chunk is entered under its block, the others under themselves.
+    owner = chunk if stage == "read" else tuple(i * plan.chunk_px // plan.block_px for i in chunk)
+    unit = cell_unit(*owner)
+    entry = site.ledger.entry(stage, unit)
+    if entry is None:
+        raise DamageError(f"chunk {cell_unit(*chunk)} of {array}: not in the ledger; expected it done by {stage}")
+    try:
+        return site.store.read_chunk(array, *chunk, entry["checksum"][array if stage == "read" else cell_unit(*chunk)])
+    except RunError as error:
+        site.ledger.forget(stage, unit)
+        raise DamageError(f"{error}; run again, it will be made anew") from None
+
+
+def forget_damaged(site: Site) -> int:
+    """Look at all that the ledger says is vectorized, predicted or joined, and take back what is damaged; how many."""
+    plan, count = site.plan, 0
+    for block in plan.blocks():
+        looks: list[Callable[[], object]] = [partial(read_fragment, site, *block)]
+        if site.ledger.entry("join", cell_unit(*block)) is not None:
+            looks.append(partial(read_joined, site, *block))
+        looks += [
+            partial(_checked_chunk, site, "predict", "probability", chunk)
+            for chunk in plan.chunks_in(plan.core(*block))
+        ]
+        for look in looks:
+            try:
+                look()
+            except DamageError:
+                count += 1
+    return count

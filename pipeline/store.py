@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -95,10 +96,6 @@ class Store:
         if (found := checksum(data)) != expected:
             raise RunError(f"{name} has checksum {found}; expected {expected}, which the ledger names")
         return data
-
-    def has(self, array: str) -> bool:
-        """True if the array is (still) kept."""
-        return array in self._group
 
     def drop(self, array: str) -> None:
         """Delete an array with all its chunks."""
@@ -309,14 +306,20 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+OWN_FOLDERS = ("store.zarr", "fragments", "ledger", "validity")
+"""Folders of a run folder in which everything is ours."""
+_LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.partial$|\.partial-segpipe\.")
+
+
 def remove_leftovers(folder: Path) -> int:
-    """Delete what killed writers have left half-written anywhere in a run folder; returns how many files."""
+    """Delete what killed writers have left half-written in a run folder, by their names; returns how many files."""
     count = 0
-    for path in folder.rglob("*.partial*"):
-        # The lock's are of a process that is alive, ours or one that waits for the lock.
-        if path.is_file() and not path.name.startswith("lock."):
-            path.unlink(missing_ok=True)
-            count += 1
+    for part in (folder, *(folder / name for name in OWN_FOLDERS)):
+        for path in part.glob("*") if part == folder else part.rglob("*"):
+            # The lock's are of a process that is alive, ours or one that waits for the lock.
+            if _LEFTOVER.search(path.name) and path.is_file() and not path.name.startswith("lock."):
+                path.unlink(missing_ok=True)
+                count += 1
     return count
 
 
@@ -325,11 +328,12 @@ _STALE_S = 30.0
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[str]:
     """Hold the lock on a run folder: a file with a counter that moves every 5 s, the host and the process.
 
     A lock is stale when its process is seen dead on this host, or when the counter has not moved for 30 s of our own
-    clock; a stale one is taken over. UserError if somebody else holds it.
+    clock; a stale one is taken over. Gives the lock's token, by which tasks know whose run they are of. UserError if
+    somebody else holds it.
     """
     path = folder / "lock.json"
     token = uuid.uuid4().hex
@@ -342,23 +346,37 @@ def locked(folder: Path) -> Iterator[None]:
                 f"{folder}: another run is at work here (process {holder['pid']} on {holder['host']});"
                 " expected to be alone; wait for it, or stop it"
             )
-        # Renamed first, so that of two observers only one takes over.
-        try:
-            path.rename(path.with_name(f"lock.{token}.stale"))
-        except FileNotFoundError:
-            continue
-        path.with_name(f"lock.{token}.stale").unlink(missing_ok=True)
+        _take_away(path, holder["token"], path.with_name(f"lock.{token}.stale"))
     stop = threading.Event()
     beat = threading.Thread(target=_beat, args=(path, token, stop), daemon=True)
     beat.start()
     try:
-        yield
+        yield token
     finally:
         stop.set()
         beat.join()
         holder = _holder(path)
         if holder is not None and holder["token"] == token:
             path.unlink(missing_ok=True)
+
+
+def lock_token(folder: Path) -> str | None:
+    """The token of the lock on a run folder, None if nobody holds it."""
+    holder = _holder(folder / "lock.json")
+    return None if holder is None else str(holder["token"])
+
+
+def _take_away(path: Path, stale_token: str, aside: Path) -> None:
+    """Remove a lock that was judged stale; one that another observer has put in its place meanwhile is put back."""
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
+    taken = _holder(aside)
+    if taken is not None and taken["token"] != stale_token:
+        with suppress(FileExistsError):
+            os.link(aside, path)
+    aside.unlink(missing_ok=True)
 
 
 def _lock_text(token: str, counter: int) -> str:

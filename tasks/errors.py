@@ -20,6 +20,10 @@ class RunError(SegpipeError):
     """Something failed while running. What was finished is kept, and running the command again resumes. Exit code 1."""
 
 
+class DamageError(RunError):
+    """A file that the ledger names is missing or damaged. Its entry is taken back: another pass makes it anew."""
+
+
 class TileError(RunError):
     """A tile cannot be read. Carries the tile's path so that it can be named, skipped or repaired."""
 

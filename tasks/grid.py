@@ -145,8 +145,8 @@ class Lattice:
         # is 7 in 10,000 off in area.
         step = 8 * self.pixel_size
         steps = ((-step, 0.0), (step, 0.0), (0.0, -step), (0.0, step))
-        ends = np.asarray([self._to_degrees.transform(x + dx, y + dy) for dx, dy in steps], np.float64)
-        lon, lat = np.deg2rad(ends[:, 0]), np.deg2rad(ends[:, 1])
+        ends = np.asarray([self._to_lonlat.transform(x + dx, y + dy) for dx, dy in steps], np.float64)
+        lon, lat = ends[:, 0] * self._radians, ends[:, 1] * self._radians
         a, b = self._semi_axes_m
         cos = np.cos(lat.mean(axis=0))
         root = a**2 * cos**2 + b**2 * (1 - cos**2)
@@ -157,9 +157,15 @@ class Lattice:
         return side
 
     @cached_property
-    def _to_degrees(self) -> Transformer:
+    def _to_lonlat(self) -> Transformer:
         crs = CRS.from_wkt(self.crs_wkt)
         return Transformer.from_crs(crs, crs.geodetic_crs or "EPSG:4326", always_xy=True)
+
+    @cached_property
+    def _radians(self) -> float:
+        """Radians in a unit of longitude and latitude: most CRSs count in degrees, some of France in grads."""
+        crs = CRS.from_wkt(self.crs_wkt).geodetic_crs or CRS.from_epsg(4326)
+        return float(crs.axis_info[0].unit_conversion_factor)
 
     @cached_property
     def _semi_axes_m(self) -> tuple[float, float]:

@@ -5,7 +5,6 @@ Axes: B or C band, H row, W column.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
 import warnings
@@ -24,6 +23,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterWindow
 
 from .errors import TileError, UserError
+from .files import file_stamp
 from .grid import Window
 
 MaskKind = Literal["none", "per_dataset", "alpha"]
@@ -159,6 +159,15 @@ def read_samples(tile: Tile, window: Window) -> NDArray[Any]:
         return samples
 
 
+def check_readable(tile: Tile) -> None:
+    """Decode a whole tile, row of blocks by row of blocks. TileError if any part of it cannot be decoded."""
+    with _decoding(tile) as dataset:
+        rows = max(1, min(dataset.block_shapes[0][0], tile.window.height))
+        for row in range(0, tile.window.height, rows):
+            height = min(rows, tile.window.height - row)
+            dataset.read(list(tile.bands), window=RasterWindow(0, row, tile.window.width, height))
+
+
 def read_mask(tile: Tile, window: Window) -> NDArray[Any] | None:
     """Samples (row, column) of the tile's mask or alpha band over a window of the lattice that lies within it.
 
@@ -180,33 +189,6 @@ def read_mask(tile: Tile, window: Window) -> NDArray[Any] | None:
         return mask
 
 
-def file_stamp(path: str) -> tuple[int, int]:
-    """(size in bytes, mtime in ns) of a tile, its external mask included. Raises TileError."""
-    try:
-        stats = [file.stat() for file in _files(path)]
-    except OSError as error:
-        raise TileError(path, _reason(error)) from error
-    return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
-
-
-def file_digest(path: str) -> str:
-    """Blake2b of a tile's bytes, its external mask included, in 32 hexadecimal digits. Raises TileError."""
-    digest = hashlib.blake2b(digest_size=16)
-    try:
-        for file in _files(path):
-            with file.open("rb") as stream:
-                while piece := stream.read(2**20):
-                    digest.update(piece)
-    except OSError as error:
-        raise TileError(path, _reason(error)) from error
-    return digest.hexdigest()
-
-
-def _files(path: str) -> list[Path]:
-    mask = Path(f"{path}.msk")
-    return [Path(path), mask] if mask.exists() else [Path(path)]
-
-
 def _local(tile: Tile, window: Window) -> RasterWindow:
     if not tile.window.contains(window):
         raise ValueError(f"{window}: expected a window within the tile's {tile.window}")
@@ -224,7 +206,7 @@ class _OpenTiles(threading.local):
     """The datasets that one thread has open, the last used at the end: GDAL wants one handle per thread."""
 
     def __init__(self) -> None:
-        self._datasets: OrderedDict[str, tuple[tuple[int, int], Any]] = OrderedDict()
+        self._datasets: OrderedDict[str, tuple[tuple[str | int, ...], Any]] = OrderedDict()
 
     def get(self, path: str) -> Any:
         """The dataset of path; opened again if the file was replaced since."""

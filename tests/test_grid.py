@@ -101,12 +101,17 @@ def test_bounds_are_the_transform_of_the_corners(row: int, col: int, height: int
 
 @pytest.mark.parametrize(
     ("crs", "lon", "lat", "size"),
-    [("EPSG:32633", 13.4, 52.5, 0.3), ("EPSG:3857", 16.4, 48.2, 0.45), ("EPSG:2263", -74.0, 40.7, 1.0)],
+    [
+        ("EPSG:32633", 13.4, 52.5, 0.3),
+        ("EPSG:3857", 16.4, 48.2, 0.45),
+        ("EPSG:2263", -74.0, 40.7, 1.0),
+        ("EPSG:27572", 2.3, 48.9, 0.3),
+    ],
 )
 def test_ground_pixels_are_as_long_as_geodesics_whatever_unit_and_scale(
     crs: str, lon: float, lat: float, size: float
 ) -> None:
-    # EPSG:2263 counts in US feet; EPSG:3857 is stretched by 1 / cos(latitude).
+    # EPSG:2263 counts in US feet; EPSG:3857 is stretched by 1 / cos(latitude); EPSG:27572's degrees are grads.
     x, y = Transformer.from_crs("EPSG:4326", crs, always_xy=True).transform(lon, lat)
     lattice = Lattice(CRS.from_user_input(crs).to_wkt(), size, 0.0, 0.0)
     row, col = -y / size, x / size

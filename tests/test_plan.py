@@ -186,6 +186,23 @@ def test_what_the_machine_has_free_decides_nothing(monkeypatch: pytest.MonkeyPat
     assert found[0] == found[1]
 
 
+def test_limits_of_a_container_and_of_the_processes_affinity_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"cpu.max": "300000 100000", "memory.max": str(2**31)}
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr(module, "_cgroup", limits.__getitem__)
+    assert module.allowance() == (3, 2**31)
+    monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: {5})
+    assert module.allowance()[0] == 1
+    limits.update({"cpu.max": "max 100000", "memory.max": "max"})
+    assert module.allowance() == (1, module.psutil.virtual_memory().total)
+
+
+def test_on_a_machine_with_gpus_there_is_one_worker_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "torch_gpus", lambda: 4)
+    assert resolve_workers(ClusterConfig()).count == 4
+    assert resolve_workers(ClusterConfig(workers=2)).count == 2
+
+
 @pytest.mark.parametrize(("text", "expected"), [("4 GiB", 2**32), ("4GB", 4 * 10**9), ("512 MiB", 2**29)])
 def test_memory_is_shared_by_the_workers(text: str, expected: int) -> None:
     assert resolve_workers(ClusterConfig(workers=2, threads=1, memory=text)).memory_bytes == expected // 2

@@ -20,8 +20,6 @@ from segpipe.tasks.grid import Window
 from segpipe.tasks.read import (
     OPEN_TILES,
     Tile,
-    file_digest,
-    file_stamp,
     read_header,
     read_mask,
     read_samples,
@@ -320,26 +318,6 @@ def test_many_tiles_in_many_threads_read_what_each_of_them_holds(tmp_path):
 
 
 # Stamps and digests
-
-
-def test_stamp_and_digest_change_with_the_bytes_and_with_an_external_mask(tmp_path):
-    path = write(tmp_path / "tile.tif", noise((3, 8, 8)))
-    copy = str(tmp_path / "copy.tif")
-    shutil.copy(path, copy)
-    assert file_digest(copy) == file_digest(path) and len(file_digest(path)) == 32
-    stat = Path(path).stat()
-    assert file_stamp(path) == (stat.st_size, stat.st_mtime_ns)
-    before = file_digest(path), file_stamp(path)
-    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(path, "r+") as dataset:
-        dataset.write_mask(np.zeros((8, 8), bool))
-    assert file_digest(path) != before[0] and file_stamp(path) != before[1]
-
-
-@pytest.mark.parametrize("act", [file_digest, file_stamp])
-def test_stamp_and_digest_of_a_missing_file_name_it(tmp_path, act):
-    with pytest.raises(TileError, match="No such file or directory") as error:
-        act(str(tmp_path / "gone.tif"))
-    assert error.value.path == str(tmp_path / "gone.tif")
 
 
 # Real data

