@@ -139,6 +139,14 @@ def revoke(folder: Path, rows_digest: str | None = None) -> dict[str, set[str]]:
     return {path.name: begun | {own[path.name]} if path.name in own else begun for path in _geopackages(folder)}
 
 
+def last_published(folder: Path) -> tuple[str | None, dict[str, Any] | None]:
+    """Name of the GeoPackage that the last manifest tells of, and the lattice of its rows; None where it tells none."""
+    manifest = _read(folder)
+    outputs, lattice = manifest.get("outputs"), manifest.get("lattice")
+    names = [name for name in outputs if name.endswith(".gpkg")] if isinstance(outputs, dict) else []
+    return (names[0] if names else None), lattice if isinstance(lattice, dict) else None
+
+
 def _digests(manifest: dict[str, Any]) -> tuple[dict[str, str], set[str]]:
     """Digests of the rows published last, by file name, and of those of killed runs; what is no text is left out."""
     own, begun = manifest.get("rows_digests"), manifest.get("rows_digests_begun")
@@ -210,6 +218,7 @@ def make_manifest(config: CityConfig, plan: Plan, state: dict[str, Any], publish
             "valid_px": published.valid_px,
             "mask_px": published.mask_px,
         },
+        "changes": published.changes,
         "invalid_px": published.validity,
         "skipped": published.skipped,
         "notes": published.notes,

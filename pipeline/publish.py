@@ -33,7 +33,10 @@ from rasterio._err import CPLE_BaseError  # the base of what rasterio.shutil.cop
 from segpipe.tasks.errors import RunError
 from segpipe.tasks.grid import Lattice, Window
 
+from . import changes
+
 LAYER = "buildings"
+CHANGES_LAYER = "changes"
 BATCH_ROWS = 4096
 """Most rows of a batch, in and out: a large city takes as little memory as a small one, and no more time."""
 
@@ -48,7 +51,6 @@ SCHEMA = pa.schema(
 )
 """Columns of the batches: area_m2 on the ground, pixels of the mask, geometry as WKB in coordinates of the CRS."""
 
-ATTRIBUTES = tuple(name for name in SCHEMA.names if name != "geometry")
 PARTIAL = ".partial-segpipe"
 """Marks what is not finished: `mask.partial-segpipe.tif` beside `mask.tif`."""
 
@@ -99,35 +101,114 @@ def write_geopackage(path: Path, batches: Iterable[pa.RecordBatch], crs_wkt: str
     is read back: number, extent and rows must be those that went in. Raises RunError otherwise, and leaves no file.
     """
     _remove_with_siblings(path)
-    stream = _CheckedStream(batches)
+    with _whole_or_gone(path):
+        return _write_checked(path, LAYER, _CheckedStream(batches, SCHEMA), crs_wkt, STYLE_QML, "translucent outlines")
+
+
+def add_changes(path: Path, batches: Iterable[pa.RecordBatch], crs_wkt: str) -> dict[str, int]:
+    """Add layer `changes` to a written GeoPackage, in the order given, as `write_geopackage` does; number of each kind.
+
+    The batches have the columns of changes.SCHEMA, and may be read from the file itself: all are taken before the first
+    is written, into a file beside it. Raises RunError, and leaves no file.
+    """
+    with _whole_or_gone(path):
+        beside = path.with_name(f"{path.name}.changes")
+        counts = dict.fromkeys(changes.KINDS, 0)
+        with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, changes.SCHEMA) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                for kind in changes.KINDS:
+                    counts[kind] += batch.column("change").to_pylist().count(kind)
+        with pa.OSFile(str(beside), "rb") as source, pa.ipc.open_stream(source) as reader:
+            small = (
+                batch.slice(first, BATCH_ROWS) for batch in reader for first in range(0, batch.num_rows, BATCH_ROWS)
+            )
+            stream = _CheckedStream(small, changes.SCHEMA)
+            _write_checked(path, CHANGES_LAYER, stream, crs_wkt, CHANGES_QML, "by kind of change")
+        beside.unlink()
+    return counts
+
+
+@contextmanager
+def _whole_or_gone(path: Path) -> Iterator[None]:
+    """Remove a file that could not be written whole. What libraries raise becomes a RunError."""
     try:
-        _write_layer(path, stream, crs_wkt)
-        _add_style(path)
-        _check_geopackage(path, stream)
+        yield
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, sqlite3.Error, OSError) as error:
         _remove_with_siblings(path)
         raise _write_error(path, error) from error
     except BaseException:
         _remove_with_siblings(path)
         raise
-    return Written(stream.features, stream.digest.hexdigest(), stream.bounds)
 
 
 def rows_digest(path: Path) -> str:
     """Digest of the rows of layer `buildings` in the order of their fid: ids, attributes and geometries.
 
-    Of the rows, not of the file: QGIS changes a file by opening it. An added, missing or retyped column changes it too.
-    Raises pyogrio.errors.DataSourceError or DataLayerError if there is no such file or layer.
+    Of the rows, not of the file: QGIS changes a file by opening it. An added, missing or retyped column changes it too;
+    other layers do not. Raises pyogrio.errors.DataSourceError or DataLayerError if there is no such file or layer.
     """
-    with pyogrio.raw.open_arrow(path, layer=LAYER, batch_size=BATCH_ROWS, use_pyarrow=True) as (meta, reader):
+    return _layer_digest(path, LAYER, SCHEMA, {})
+
+
+def _layer_digest(path: Path, layer: str, schema: pa.Schema, options: Mapping[str, str]) -> str:
+    """Digest of the rows of any layer that should have these columns. options: GDAL's for opening the file."""
+    how: dict[str, Any] = {"layer": layer, "batch_size": BATCH_ROWS, "use_pyarrow": True, **options}
+    with pyogrio.raw.open_arrow(path, **how) as (meta, reader):
         geometry_name = meta["geometry_name"] or "wkb_geometry"
         columns = [(field.name, str(field.type)) for field in reader.schema if field.name != geometry_name]
-        if columns != [(name, str(SCHEMA.field(name).type)) for name in ATTRIBUTES]:
+        if columns != [(name, str(schema.field(name).type)) for name in schema.names if name != "geometry"]:
             return hashlib.sha256(repr(columns).encode()).hexdigest()
-        digest = _RowsDigest()
+        digest = _RowsDigest(schema)
         for batch in reader:
             digest.update(batch, shapely.from_wkb(batch.column(geometry_name).to_numpy(zero_copy_only=False)))
     return digest.hexdigest()
+
+
+def read_rows(path: Path, layer: str = LAYER, schema: pa.Schema = SCHEMA) -> Iterator[pa.RecordBatch]:
+    """The rows of a published layer in the order of their fid, in batches of at most BATCH_ROWS.
+
+    No row where the file has no such layer, or one with other columns. Nothing is written beside the file and nobody is
+    waited for, even if another program has it open.
+    """
+    if layer not in pyogrio.list_layers(path)[:, 0]:
+        return
+    how: dict[str, Any] = {"layer": layer, "batch_size": BATCH_ROWS, "use_pyarrow": True, **UNTOUCHED}
+    with pyogrio.raw.open_arrow(path, **how) as (meta, reader):
+        geometry_name = meta["geometry_name"] or "wkb_geometry"
+        if {*reader.schema.names} != {*schema.names} - {"geometry"} | {geometry_name}:
+            return
+        for batch in reader:
+            columns = [batch.column(geometry_name if name == "geometry" else name) for name in schema.names]
+            yield pa.RecordBatch.from_arrays(
+                [column.cast(field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
+            )
+
+
+UNTOUCHED = {"IMMUTABLE": "YES"}
+"""Opens a GeoPackage as it lies on disk: no lock, no journal, no file beside it."""
+
+
+def find_published(folder: Path, published: Mapping[str, Collection[str]], last: str | None) -> tuple[Path, str] | None:
+    """The GeoPackage that holds what was published last, and the digest of its rows; None where there is none.
+
+    published: digests by file name, as for `place_geopackage`; last: the name under which it was published. Where that
+    file holds other rows, or is gone, it is the one with the highest number that holds rows that were published.
+    """
+    paths = sorted((folder / name for name in published), key=lambda path: (path.name == last, _number(path)))
+    for path in reversed(paths):
+        try:
+            digest = _layer_digest(path, LAYER, SCHEMA, UNTOUCHED)
+        except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, OSError):
+            continue
+        if digest in published[path.name]:
+            return path, digest
+    return None
+
+
+def _number(path: Path) -> int:
+    """2 of buildings-2.gpkg, 1 of buildings.gpkg."""
+    return int(path.stem.partition("-")[2] or 1)
 
 
 def place_geopackage(
@@ -196,20 +277,29 @@ def _remove_with_siblings(path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _write_layer(path: Path, stream: _CheckedStream, crs_wkt: str) -> None:
+def _write_checked(path: Path, layer: str, stream: _CheckedStream, crs_wkt: str, qml: str, style: str) -> Written:
+    """Write one layer and its default style, read it back, and say what it holds."""
+    _write_layer(path, layer, stream, crs_wkt)
+    _add_style(path, layer, qml, style)
+    written = Written(stream.features, stream.digest.hexdigest(), stream.bounds)
+    _check_layer(path, layer, stream.schema, written)
+    return written
+
+
+def _write_layer(path: Path, layer: str, stream: _CheckedStream, crs_wkt: str) -> None:
     try:
         # The index is sorted in memory, 70 bytes a building, until this many bytes; from there on it grows on disk.
         pyogrio.set_gdal_config_options({"OGR_GPKG_MAX_RAM_USAGE_RTREE": str(64 << 20)})
         pyogrio.raw.write_arrow(
-            pa.RecordBatchReader.from_batches(SCHEMA, iter(stream)),
+            pa.RecordBatchReader.from_batches(stream.schema, iter(stream)),
             path,
-            layer=LAYER,
+            layer=layer,
             driver="GPKG",
             geometry_name="geometry",
             geometry_type="Polygon",
             crs=crs_wkt,
             # Older QGIS warns about 1.4, which is GDAL's default.
-            dataset_options={"VERSION": "1.2"},
+            dataset_options={} if path.exists() else {"VERSION": "1.2"},
             layer_options={"SPATIAL_INDEX": "YES", "GEOMETRY_NAME": "geom", "FID": "fid"},
         )
     finally:
@@ -219,25 +309,26 @@ def _write_layer(path: Path, stream: _CheckedStream, crs_wkt: str) -> None:
             raise stream.error
 
 
-def _check_geopackage(path: Path, stream: _CheckedStream) -> None:
-    info = pyogrio.read_info(path, layer=LAYER, force_feature_count=True, force_total_bounds=True)
-    if info["features"] != stream.features:
-        raise RunError(f"{path}: {info['features']} features found after writing {stream.features}")
+def _check_layer(path: Path, layer: str, schema: pa.Schema, written: Written) -> None:
+    info = pyogrio.read_info(path, layer=layer, force_feature_count=True, force_total_bounds=True)
+    if info["features"] != written.features:
+        raise RunError(f"{path}: {info['features']} features found in {layer} after writing {written.features}")
     # The file keeps its extent in 16 digits: one less than a coordinate may need.
-    if stream.bounds is not None and not np.allclose(info["total_bounds"], stream.bounds, rtol=1e-12, atol=1e-6):
-        raise RunError(f"{path}: extent {info['total_bounds']} found after writing {stream.bounds}")
-    if rows_digest(path) != stream.digest.hexdigest():
-        raise RunError(f"{path}: the rows read back are not those that were written; the disk may be faulty")
+    if written.bounds is not None and not np.allclose(info["total_bounds"], written.bounds, rtol=1e-12, atol=1e-6):
+        raise RunError(f"{path}: extent {info['total_bounds']} found in {layer} after writing {written.bounds}")
+    if _layer_digest(path, layer, schema, {}) != written.digest:
+        raise RunError(f"{path}: the rows of {layer} read back are not those written; the disk may be faulty")
 
 
 class _CheckedStream:
     """Batches on their way to the writer: counts, bounds and digest grow with every batch that passes."""
 
-    def __init__(self, batches: Iterable[pa.RecordBatch]) -> None:
+    def __init__(self, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
         self._batches = batches
+        self.schema = schema
         self.features = 0
         self.bounds: tuple[float, float, float, float] | None = None
-        self.digest = _RowsDigest()
+        self.digest = _RowsDigest(schema)
         self.error: BaseException | None = None
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
@@ -252,7 +343,7 @@ class _CheckedStream:
 
     def _check(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         assert batch.num_rows <= BATCH_ROWS, f"batch of {batch.num_rows} rows: at most {BATCH_ROWS} are written at once"
-        batch = batch.select(SCHEMA.names).cast(SCHEMA)
+        batch = batch.select(self.schema.names).cast(self.schema)
         geometries = shapely.from_wkb(batch.column("geometry").to_numpy(zero_copy_only=False))
         good = (shapely.get_type_id(geometries) == shapely.GeometryType.POLYGON) & shapely.is_valid(geometries)
         good &= ~shapely.is_empty(geometries)
@@ -273,36 +364,38 @@ class _CheckedStream:
 class _RowsDigest:
     """SHA-256 over columns of rows; how the rows are cut into batches does not matter."""
 
-    def __init__(self) -> None:
-        self._hashes = {name: hashlib.sha256() for name in (*ATTRIBUTES, "text length", "null", "wkb length", "wkb")}
+    def __init__(self, schema: pa.Schema) -> None:
+        self._attributes = [field for field in schema if field.name != "geometry"]
+        parts = [part for name in schema.names for part in (name, f"{name} length")]
+        self._hashes = {part: hashlib.sha256() for part in (*parts, "null")}
 
     def update(self, batch: pa.RecordBatch, geometries: NDArray[np.object_]) -> None:
         """Add rows: the attributes from batch, and the geometries as little-endian WKB in two dimensions."""
-        columns = [batch.column(name) for name in ATTRIBUTES]
-        nulls = [column.is_null().to_numpy(zero_copy_only=False) for column in columns]
+        nulls = [batch.column(field.name).is_null().to_numpy(zero_copy_only=False) for field in self._attributes]
         self._hashes["null"].update(np.stack([*nulls, shapely.is_missing(geometries)], axis=1).tobytes())
-        texts = [text.encode() for text in columns[0].fill_null("").to_pylist()]
-        self._hashes[ATTRIBUTES[0]].update(b"".join(texts))
-        self._hashes["text length"].update(_lengths(texts))
-        for name, column in zip(ATTRIBUTES[1:], columns[1:], strict=True):
-            values = column.fill_null(0).to_numpy(zero_copy_only=False)
-            self._hashes[name].update(values.astype(values.dtype.newbyteorder("<")).tobytes())
+        for field in self._attributes:
+            column = batch.column(field.name)
+            if pa.types.is_string(field.type):
+                self._update_texts(field.name, [text.encode() for text in column.fill_null("").to_pylist()])
+            else:
+                values = column.fill_null(False if pa.types.is_boolean(field.type) else 0).to_numpy(
+                    zero_copy_only=False
+                )
+                self._hashes[field.name].update(values.astype(values.dtype.newbyteorder("<")).tobytes())
         wkb = shapely.to_wkb(geometries, output_dimension=2, byte_order=1, flavor="iso")
-        parts = [part or b"" for part in wkb]
-        self._hashes["wkb"].update(b"".join(parts))
-        self._hashes["wkb length"].update(_lengths(parts))
+        self._update_texts("geometry", [part or b"" for part in wkb])
+
+    def _update_texts(self, name: str, parts: list[bytes]) -> None:
+        self._hashes[name].update(b"".join(parts))
+        self._hashes[f"{name} length"].update(np.fromiter((len(part) for part in parts), "<i8", len(parts)).tobytes())
 
     def hexdigest(self) -> str:
         """The digest so far."""
         return hashlib.sha256(b"".join(column.digest() for column in self._hashes.values())).hexdigest()
 
 
-def _lengths(parts: list[bytes]) -> bytes:
-    return np.fromiter((len(part) for part in parts), "<i8", len(parts)).tobytes()
-
-
-def _add_style(path: Path) -> None:
-    """Add table layer_styles as QGIS writes it, with one default style.
+def _add_style(path: Path, layer: str, qml: str, description: str) -> None:
+    """Give a layer its default style in table layer_styles, which is made as QGIS makes it.
 
     QGIS finds a default style only where catalog and schema are empty texts, not NULL.
     """
@@ -311,15 +404,15 @@ def _add_style(path: Path) -> None:
         database.execute(
             "INSERT INTO layer_styles (f_table_catalog, f_table_schema, f_table_name, f_geometry_column, styleName,"
             " styleQML, styleSLD, useAsDefault, description, owner) VALUES ('', '', ?, 'geom', ?, ?, '', 1, ?, '')",
-            (LAYER, LAYER, STYLE_QML, "Footprints: translucent fill with outline"),
+            (layer, layer, qml, description),
         )
         database.execute(
-            "INSERT INTO gpkg_contents (table_name, data_type, identifier, description, srs_id)"
+            "INSERT OR IGNORE INTO gpkg_contents (table_name, data_type, identifier, description, srs_id)"
             " VALUES ('layer_styles', 'attributes', 'layer_styles', '', 0)"
         )
 
 
-STYLE_TABLE = """CREATE TABLE layer_styles (
+STYLE_TABLE = """CREATE TABLE IF NOT EXISTS layer_styles (
     id INTEGER PRIMARY KEY AUTOINCREMENT NOT NULL,
     f_table_catalog TEXT(256), f_table_schema TEXT(256), f_table_name TEXT(256), f_geometry_column TEXT(256),
     styleName TEXT(30), styleQML TEXT, styleSLD TEXT, useAsDefault BOOLEAN, description TEXT, owner TEXT(30),
@@ -327,33 +420,64 @@ STYLE_TABLE = """CREATE TABLE layer_styles (
 )"""
 
 
-def _style_qml(fill_rgba: str, outline_rgba: str, outline_mm: float) -> str:
-    """A QGIS 3 layer style: single symbol, simple fill. Options are read by 3.18 and newer, props by older ones."""
+@dataclass(frozen=True)
+class _Fill:
+    """How a polygon is drawn. Colours are red, green, blue and opacity, 0 to 255."""
+
+    fill_rgba: str
+    outline_rgba: str
+    outline_mm: float = 0.3
+
+
+def _symbol(number: int, fill: _Fill) -> str:
+    """A simple fill in QGIS's terms. Options are read by 3.18 and newer, props by older ones."""
     values = {
-        "color": fill_rgba,
+        "color": fill.fill_rgba,
         "joinstyle": "miter",
         "offset": "0,0",
         "offset_unit": "MM",
-        "outline_color": outline_rgba,
+        "outline_color": fill.outline_rgba,
         "outline_style": "solid",
-        "outline_width": str(outline_mm),
+        "outline_width": str(fill.outline_mm),
         "outline_width_unit": "MM",
         "style": "solid",
     }
     options = "".join(f'<Option name="{name}" type="QString" value="{value}"/>' for name, value in values.items())
     props = "".join(f'<prop k="{name}" v="{value}"/>' for name, value in values.items())
     return (
+        f'<symbol type="fill" name="{number}" alpha="1" clip_to_extent="1" force_rhr="0">'
+        f'<layer class="SimpleFill" enabled="1" locked="0" pass="0">'
+        f'<Option type="Map">{options}</Option>{props}</layer></symbol>'
+    )
+
+
+def _style_qml(fills: Mapping[str, _Fill], attribute: str | None = None) -> str:
+    """A QGIS 3 layer style: one symbol for all, or one for each value of an attribute."""
+    symbols = "".join(_symbol(number, fill) for number, fill in enumerate(fills.values()))
+    categories = "".join(
+        f'<category render="true" type="string" symbol="{number}" value="{value}" label="{value}"/>'
+        for number, value in enumerate(fills)
+    )
+    kind = "singleSymbol" if attribute is None else "categorizedSymbol"
+    return (
         "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n"
         '<qgis version="3.22.0" styleCategories="Symbology">'
-        '<renderer-v2 type="singleSymbol" symbollevels="0" enableorderby="0" forceraster="0"><symbols>'
-        '<symbol type="fill" name="0" alpha="1" clip_to_extent="1" force_rhr="0">'
-        '<layer class="SimpleFill" enabled="1" locked="0" pass="0">'
-        f'<Option type="Map">{options}</Option>{props}</layer></symbol></symbols><rotation/><sizescale/></renderer-v2>'
+        f'<renderer-v2 type="{kind}" symbollevels="0" enableorderby="0" forceraster="0"'
+        + (f' attr="{attribute}"><categories>{categories}</categories>' if attribute else ">")
+        + f"<symbols>{symbols}</symbols><rotation/><sizescale/></renderer-v2>"
         "<blendMode>0</blendMode><featureBlendMode>0</featureBlendMode><layerGeometryType>2</layerGeometryType></qgis>"
     )
 
 
-STYLE_QML = _style_qml(fill_rgba="255,127,14,80", outline_rgba="214,78,0,255", outline_mm=0.3)
+STYLE_QML = _style_qml({LAYER: _Fill("255,127,14,80", "214,78,0,255")})
+CHANGES_QML = _style_qml(
+    {
+        "added": _Fill("44,160,44,110", "23,110,23,255"),
+        "removed": _Fill("214,39,40,110", "140,15,20,255"),
+        "modified": _Fill("31,119,180,110", "15,75,125,255"),
+    },
+    attribute="change",
+)
 
 
 # Cloud-optimised GeoTIFF

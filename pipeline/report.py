@@ -82,6 +82,8 @@ class Report:
     versions: Rows
     outputs: Rows
     """Names of the files, and what is in them."""
+    changes: tuple[tuple[str, int], ...] = ()
+    """Buildings added, removed and modified since the last publishing."""
 
     @property
     def valid_km2(self) -> float:

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -26,7 +26,7 @@ from segpipe.tasks.read import read_window
 from segpipe.tasks.validity import scan_tile
 from segpipe.tasks.vectorize import Buildings, finished_from_bytes, mask_of, publishable
 
-from . import manifest, publish, report
+from . import changes, manifest, publish, report
 from .cluster import Pool, open_pool
 from .config import CityConfig
 from .flow import Block, Flow, run_joins
@@ -57,7 +57,11 @@ LOOKED_AT = 40
 
 @dataclass(frozen=True)
 class Published:
-    """What a run has published. validity: invalid pixels by reason; skipped: tiles that could not be read, and why."""
+    """What a run has published.
+
+    changes: buildings added, removed and modified since the last publishing; validity: invalid pixels by reason;
+    skipped: tiles that could not be read, and why.
+    """
 
     geopackage: Path
     rows_digest: str
@@ -65,6 +69,7 @@ class Published:
     buildings_m2: float
     mask_px: int
     valid_px: int
+    changes: dict[str, int]
     validity: dict[str, int]
     skipped: dict[str, str]
     notes: tuple[str, ...]
@@ -245,10 +250,12 @@ def publish_all(
     )
     notes = list(plan.notes)
     left: list[str] = []
+    known = manifest.revoke(folder, written.digest)
+    changed = write_changes(plan, geopackage, written.digest, known, listener)
     placed = publish.place_geopackage(
         geopackage,
         folder,
-        manifest.revoke(folder, written.digest),
+        known,
         lambda path, why: left.append(f"{path.name} {why}, and is left alone"),
     )
     if left:
@@ -268,11 +275,36 @@ def publish_all(
         buildings_m2=area.total,
         mask_px=mask_px,
         valid_px=valid_px,
+        changes=changed,
         validity=_validity(site, skipped),
         skipped=plan.left_out | {plan.tiles[tile].path: reason for tile, reason in skipped.items()},
         notes=tuple(notes),
         stages=listener.stages,
     )
+
+
+def write_changes(
+    plan: Plan, geopackage: Path, digest: str, known: Mapping[str, Collection[str]], listener: Listener
+) -> dict[str, int]:
+    """Add what has changed since the last publishing to a GeoPackage that is to be placed; number of each kind.
+
+    digest: of its rows; known: digests of the rows that were published, by file name. The same rows again, be it after
+    a kill or because a picture was missing, keep the changes that they came with. Nothing is told where nothing was
+    published before, or on another lattice: ids are places on it.
+    """
+    name, lattice = manifest.last_published(plan.output)
+    last = publish.find_published(plan.output, known, name)
+    if last is not None and last[1] == digest:
+        rows = publish.read_rows(last[0], publish.CHANGES_LAYER, changes.SCHEMA)
+        return publish.add_changes(geopackage, rows, plan.lattice.crs_wkt)
+    rows = iter(())
+    if last is not None and lattice == asdict(plan.lattice):
+        rows = changes.compare(publish.read_rows(last[0]), publish.read_rows(geopackage), ORDER_CELL_PX)
+    counts = publish.add_changes(geopackage, rows, plan.lattice.crs_wkt)
+    if last is not None:
+        told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        listener.say(f"{'changes':>10}  {told if lattice == asdict(plan.lattice) else 'not told: another lattice'}")
+    return counts
 
 
 def _joined_at(site: Site, home: Block) -> dict[str, Any]:
@@ -403,7 +435,8 @@ def write_preview_and_report(config: CityConfig, plan: Plan, published: Publishe
         skipped=tuple(published.skipped.items()),
         warnings=published.notes,
         versions=tuple(versions().items()),
-        outputs=((published.geopackage.name, "the footprints, layer buildings"), *OUTPUTS),
+        outputs=((published.geopackage.name, "layers buildings (the footprints) and changes"), *OUTPUTS),
+        changes=tuple(published.changes.items()),
     )
     report.write_report(folder / "report.html", page, preview)
 

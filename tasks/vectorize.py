@@ -16,6 +16,7 @@ from typing import Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import shapely
 from numpy.typing import NDArray
 
@@ -407,6 +408,18 @@ def building_ids(key_row: Int64s, key_col: Int64s) -> list[str]:
         f"{'N' if row < 0 else 'S'}{abs(row)}{'E' if col >= 0 else 'W'}{abs(col)}"
         for row, col in zip(key_row.tolist(), key_col.tolist(), strict=True)
     ]
+
+
+def first_pixels(ids: pa.Array) -> tuple[Int64s, Int64s]:
+    """The inverse of building_ids: rows and columns of first pixels. ValueError for a text that is no such id."""
+    parts = pc.extract_regex(ids, r"^(?P<ns>[NS])(?P<row>[0-9]+)(?P<ew>[EW])(?P<col>[0-9]+)$")
+    if parts.null_count:
+        raise ValueError(f"building {ids.filter(parts.is_null())[0]}: expected an id such as N15240E1822")
+    row, col = (parts.field(name).cast(pa.int64()).to_numpy() for name in ("row", "col"))
+    north, west = (
+        pc.equal(parts.field(name), sign).to_numpy(zero_copy_only=False) for name, sign in (("ns", "N"), ("ew", "W"))
+    )
+    return np.where(north, -row, row), np.where(west, -col, col)
 
 
 def fragment_to_bytes(fragment: Fragment) -> bytes:

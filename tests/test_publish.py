@@ -16,12 +16,15 @@ import rasterio
 import shapely
 from pyproj import CRS
 
-from segpipe.pipeline import publish
+from segpipe.pipeline import changes, publish
 from segpipe.pipeline.publish import (
     BATCH_ROWS,
     SCHEMA,
+    add_changes,
+    find_published,
     partial_path,
     place_geopackage,
+    read_rows,
     rows_digest,
     write_cog,
     write_geopackage,
@@ -49,6 +52,22 @@ def rows(numbers: np.ndarray, geometries: np.ndarray | None = None) -> pa.Record
 
 def write(path: Path, count: int, first: int = 0) -> str:
     return write_geopackage(path, [rows(np.arange(first, first + count))], WKT).digest
+
+
+def changed(count: int, first: int = 0) -> pa.RecordBatch:
+    numbers = np.arange(first, first + count)
+    buildings = rows(numbers)
+    kinds = np.array(changes.KINDS)[numbers % 3].tolist()
+    new, old = numbers % 3 != 1, numbers % 3 != 0
+    columns = {
+        "change": kinds,
+        "building_id": pa.array(buildings.column("building_id").to_pylist(), mask=~new),
+        "previous_id": pa.array(buildings.column("building_id").to_pylist(), mask=~old),
+        "area_m2": pa.array(numbers * 0.09, mask=~new),
+        "previous_area_m2": pa.array(numbers * 0.1, mask=~old),
+        "geometry": buildings.column("geometry"),
+    }
+    return pa.record_batch([pa.array(columns[it.name], it.type) for it in changes.SCHEMA], schema=changes.SCHEMA)
 
 
 def edit(path: Path, statement: str) -> None:
@@ -120,6 +139,57 @@ def test_the_default_style_is_a_translucent_fill_with_an_outline_where_qgis_look
     assert 0 < int(options["color"].split(",")[3]) < 128
     assert int(options["outline_color"].split(",")[3]) == 255
     assert options["outline_style"] == "solid"
+
+
+def test_changes_stand_beside_the_buildings_unchanged_with_index_style_and_nulls(tmp_path: Path) -> None:
+    path = tmp_path / "buildings.gpkg"
+    digest = write(path, 50)
+    whole = changed(2 * BATCH_ROWS)
+    counts = add_changes(path, [whole.slice(0, 10), whole.slice(10)], WKT)
+    assert counts == {"added": 2731, "removed": 2731, "modified": 2730}
+    (layers,) = zip(*(pyogrio.list_layers(path)[:, :1]), strict=True)
+    assert [*layers] == ["buildings", "changes", "layer_styles"]
+    found = pa.Table.from_batches(read_rows(path, "changes", changes.SCHEMA))
+    assert found.equals(pa.Table.from_batches([whole]))
+    assert rows_digest(path) == digest
+    assert query(path, "SELECT count(*) FROM rtree_changes_geom") == [(2 * BATCH_ROWS,)]
+    assert query(path, "PRAGMA integrity_check") == [("ok",)]
+    contents = query(path, "SELECT table_name, data_type FROM gpkg_contents ORDER BY 1")
+    assert contents == [("buildings", "features"), ("changes", "features"), ("layer_styles", "attributes")]
+    [(qml,)] = query(path, "SELECT styleQML FROM layer_styles WHERE f_table_name = 'changes' AND useAsDefault")
+    renderer = ElementTree.fromstring(str(qml)).find("renderer-v2")
+    assert renderer is not None
+    assert (renderer.get("type"), renderer.get("attr")) == ("categorizedSymbol", "change")
+    fills = {it.get("name"): it.find("layer/prop[@k='color']") for it in renderer.iter("symbol")}
+    shown = {it.get("value"): fills[it.get("symbol")] for it in renderer.iter("category")}
+    assert {*shown} == {*changes.KINDS}
+    assert len({it.get("v") for it in shown.values() if it is not None}) == 3
+    assert [it.name for it in tmp_path.iterdir()] == ["buildings.gpkg"]
+
+
+def test_a_full_disk_while_changes_are_added_leaves_nothing(tmp_path: Path) -> None:
+    path = partial_path(tmp_path / "buildings.gpkg")
+    write(path, 10)
+    with largest_file(1_000_000), pytest.raises(RunError, match="cannot be written"):
+        add_changes(path, [changed(3 * BATCH_ROWS)], WKT)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_published_last_is_found_by_its_rows_even_while_it_is_open(tmp_path: Path) -> None:
+    one, two = (write(tmp_path / f"buildings{n}.gpkg", count) for n, count in (("", 10), ("-2", 11)))
+    known = {"buildings.gpkg": {one}, "buildings-2.gpkg": {two}, "buildings-10.gpkg": {one}}
+    first, second = tmp_path / "buildings.gpkg", tmp_path / "buildings-2.gpkg"
+    assert find_published(tmp_path, known, "buildings.gpkg") == (first, one)
+    assert find_published(tmp_path, known, None) == (second, two)
+    before = first.read_bytes()
+    with closing(sqlite3.connect(first, isolation_level=None)) as somebody:
+        somebody.execute("BEGIN EXCLUSIVE")
+        assert find_published(tmp_path, known, "buildings.gpkg") == (first, one)
+    edit(second, "DELETE FROM buildings WHERE fid = 4")
+    assert find_published(tmp_path, known, "buildings-2.gpkg") == (first, one)
+    assert find_published(tmp_path, {"buildings.gpkg": set()}, None) is None
+    assert first.read_bytes() == before
+    assert sorted(it.name for it in tmp_path.iterdir()) == ["buildings-2.gpkg", "buildings.gpkg"]
 
 
 @pytest.mark.parametrize("batches", [[], [rows(np.arange(0))]], ids=["no batch", "one batch without rows"])
