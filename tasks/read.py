@@ -73,7 +73,8 @@ class Tile:
     """A source raster at its place on the lattice, and the rule by which its pixels are invalid.
 
     window covers the whole raster, pixel for pixel. bands are 1-based. nodata lists sample values; tolerance is the
-    largest distance from them, in sample units.
+    largest distance from them, in sample units, and speckle_tolerance the one that takes its place if the tile's collar
+    is speckled (0: that is not looked for).
     """
 
     path: str
@@ -82,6 +83,7 @@ class Tile:
     nodata: tuple[float, ...] = ()
     tolerance: float = 0.0
     mask: MaskKind = "none"
+    speckle_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.bands or min(self.bands) < 1:
@@ -119,6 +121,29 @@ def read_header(path: str) -> TileHeader:
             )
     except (RasterioError, OSError) as error:
         raise UserError(f"{path}: {_what_it_is(file, error)}; {_EXPECTED}") from error
+
+
+def resolve_bands(names: tuple[int | str, ...], header: TileHeader) -> tuple[int, ...]:
+    """1-based numbers of a tile's bands, from numbers or from colour interpretations such as red or nir.
+
+    Raises UserError where the tile has no such band, or several of that colour.
+    """
+    numbers = []
+    found = f"{header.bands} bands ({', '.join(header.colours)})"
+    for name in names:
+        wanted = str(name).lower()
+        if isinstance(name, int):
+            matches = [name] if 1 <= name <= header.bands else []
+        else:
+            matches = [band for band, colour in enumerate(header.colours, start=1) if colour.lower() == wanted]
+        if len(matches) != 1:
+            which = "several bands" if matches else "no band"
+            raise UserError(
+                f"{header.path}: has {which} {name}: found {found}; expected `bands:` of numbers from 1 to"
+                f" {header.bands}, or of colours that one band each has"
+            )
+        numbers += matches
+    return tuple(numbers)
 
 
 def read_window(tiles: Sequence[Tile], window: Window, invalid: Invalid) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
