@@ -24,9 +24,10 @@ LOSSY_TOLERANCE = 12.0  # ringing of JPEG around a nodata value, in 8-bit steps
 EDGE_RUN_PX = 64  # a patch along this much of a tile's side was cut by it: its size says nothing
 _REACH_PX = 4  # an opening by 5 x 5 sees two pixels for the erosion and two for the dilation
 
-# What tells a collar that went through JPEG from one that did not (`collar_is_speckled`). Measured on Banepa's tiles
-# and on collars drawn into four towns, through JPEG of quality 75 to 95, lossy JPEG 2000, and after that shifted by
-# part of a pixel or halved in size: a share of 0.79 to 1 and a depth of 1.4 px or more. Clean collars: at most 0.02.
+# What tells a collar that went through JPEG from one that did not (`collar_is_speckled`). Measured on Banepa's tiles,
+# and on collars of 10 px and more drawn into three towns and put through JPEG of quality 75 to 95 or lossy JPEG 2000:
+# a share of 0.72 to 1 and a depth of 1.4 px or more, also where the tile was shifted by part of a pixel after that.
+# Clean collars: a share of at most 0.04. White areas at an edge of imagery that is heavily overexposed can pass.
 FRINGE_SHARE = 0.7
 FRINGE_DEPTH = 1.25
 THIN_PX = 16  # JPEG works on 8 x 8 pixels, on 16 x 16 where colours are halved: no thinner collar has an exact part

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rasterio.enums import ColorInterp
 from scipy import ndimage
 
+from segpipe.pipeline.draw import draw_city
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.grid import Window
 from segpipe.tasks.read import Tile, read_header, resolve_bands
@@ -439,6 +440,15 @@ def test_dark_shadows_and_white_roofs_at_the_edges_stay_valid(tmp_path, value):
     noise = np.random.default_rng(0).integers(0, 10, (3, 90, 150))
     ground[:, :90, 100:250] = ground[:, 310:, 300:450] = abs(value - noise)  # exact in one pixel of 1,000
     assert scan(lossless(tmp_path / "lzw.tif", ground), 2_000)[0] == Scan(0, {})
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_speckled_collar_is_seen_in_a_drawn_city(tmp_path, seed):
+    image = np.moveaxis(draw_city(seed, 500, 500).image_HW3, -1, 0)
+    assert scan(lossless(tmp_path / "city.tif", image), min_pixels(1000, 0.09))[0] == Scan(0, {})
+    harsh = np.clip(image.astype(np.float32) * 2.2 - 110, 0, 255).astype(np.uint8)  # black shadows, white roofs
+    assert (harsh == 0).all(axis=0).mean() > 0.01 and (harsh == 255).all(axis=0).mean() > 0.001
+    assert "speckled" not in str(scan(lossless(tmp_path / "harsh.tif", harsh), min_pixels(1000, 0.09))[0])
 
 
 def test_a_collar_too_thin_for_exact_pixels_is_found_by_its_length():
