@@ -78,8 +78,9 @@ def plan_area(config: TrainConfig, area: AreaConfig, folder: Path) -> AreaPlan:
     """Place an area's images and labels on one lattice. UserError where they do not fit."""
     base = config.file.parent.absolute()
     images = find_images(area.images, base, "areas.images")
-    labels = find_images(area.labels, base, "areas.labels")
-    footprints = tuple(path for path in labels if path.suffix.lower() in VECTORS)
+    # GeoJSON that is a label is footprints, not STAC items.
+    labels = find_images(area.labels, base, "areas.labels", stac=False)
+    footprints = tuple(Path(path) for path in labels if Path(path).suffix.lower() in VECTORS)
     if footprints and len(footprints) < len(labels):
         raise UserError(f"areas.labels: {', '.join(area.labels)}: rasters and footprints; expected one kind an area")
     headers, _ = read_headers(images, skip=False)

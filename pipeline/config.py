@@ -94,6 +94,7 @@ class CityConfig(_Job):
 
     name: Annotated[str, Field(min_length=1)]
     images: Strings
+    asset: str | None = None
     model: str
     output: str
     bands: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3)

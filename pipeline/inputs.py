@@ -5,52 +5,108 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from hashlib import blake2b
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 from segpipe.tasks.errors import TileError, UserError
-from segpipe.tasks.files import file_stamp
+from segpipe.tasks.files import file_stamp, is_remote, resolved, tile_name
+from segpipe.tasks.remote import UnreachableError, list_bucket
 
 from .config import CityConfig
+from .stac import assets_of, is_item_list
 from .vrt import sources_of
 
-RASTERS = frozenset({".tif", ".tiff", ".jp2", ".vrt", ".png", ".jpg", ".jpeg", ".img"})
+RASTERS = frozenset({".tif", ".tiff", ".jp2", ".vrt", ".png", ".jpg", ".jpeg", ".img", ".ecw", ".sid"})
 """Endings that count as imagery where a folder is named."""
+CLOSED = {".ecw": "ECW", ".sid": "MrSID"}
+"""Formats that GDAL reads with a vendor's library alone."""
 PUBLISHED = frozenset({"mask.tif", "probability.tif", "preview.png"})
 KEPT = frozenset({"store.zarr", "fragments", "ledger", "validity"})
 PARTIAL = ".partial"
 """In the names of what is being written, or was when a run was killed."""
+ASKED_AT_ONCE = 16
+"""Requests to servers under way."""
 
 
-def find_images(patterns: tuple[str, ...], base: CityConfig | Path, key: str = "images") -> tuple[Path, ...]:
-    """Files of a glob, a list, a folder or a VRT, each pattern in natural order (tile2 before tile10).
+def find_images(
+    patterns: tuple[str, ...], base: CityConfig | Path, key: str = "images", stac: bool = True
+) -> tuple[str, ...]:
+    """Tiles of a glob, a list, a folder, a VRT or STAC items, each pattern in natural order (tile2 before tile10).
 
+    A tile is an absolute path or a URL. Behind https:// there are single tiles; in a bucket, s3://, globs and folders
+    (ending with /) too. A VRT stands for the list of its sources; JSON, if stac, for the assets of the items in it.
     What a run writes into its output folder is no tile of the next, even where that is the folder of the tiles or a
-    glob goes through it. A VRT stands for the list of its sources. UserError if a pattern matches nothing, a file is
-    named twice, or a VRT is more than the list of its sources.
+    glob goes through it. UserError if a pattern matches nothing, a tile is named twice or is of a format that cannot be
+    read, a VRT is more than the list of its sources, or a server does not answer.
     """
     folder = base.file.parent.absolute() if isinstance(base, CityConfig) else base
-    output = base.path(base.output).resolve() if isinstance(base, CityConfig) else None
-    # A nodata value in the YAML stands above those of the files.
-    nodata_counts = isinstance(base, CityConfig) and base.nodata is None
-    found: list[Path] = []
+    found: list[str] = []
     for pattern in patterns:
         try:
-            matches = _matches(folder / Path(pattern).expanduser(), output)
-        except (ValueError, RuntimeError) as error:  # of glob and of expanduser
-            raise UserError(f"{key}: {pattern}: {error}; expected a glob such as tiles/*.tif") from None
-        if not matches:
-            raise UserError(f"{key}: {pattern} matches no file in {folder}; expected a glob, a list, a folder or a VRT")
-        for match in sorted(matches, key=_natural):
-            found += sources_of(match, nodata_counts) if match.suffix.lower() == ".vrt" else [match]
+            matches = _matches(pattern, folder, base)
+            if not matches:
+                where = "object" if is_remote(pattern) else f"file in {folder}"
+                raise UserError(f"{pattern} matches no {where}; expected a glob, a list, a folder or a VRT")
+            for match in sorted(matches, key=natural):
+                found += _tiles_of(match, base, stac)
+        except (UserError, TileError, ValueError) as error:
+            raise UserError(f"{key}: {error}") from None
+    _check_formats(found, key)
     twice = next((p for i, p in enumerate(found) if p in found[:i]), None) if len(set(found)) < len(found) else None
     if twice is not None:
         raise UserError(f"{key}: {twice} is named twice; expected each tile once")
     return tuple(found)
 
 
-def _matches(path: Path, output: Path | None) -> list[Path]:
+def _tiles_of(match: str, base: CityConfig | Path, stac: bool) -> list[str]:
+    """The tiles that a file stands for: most for themselves."""
+    if _ending(match) == ".vrt":
+        # A nodata value in the YAML stands above those of the files.
+        return sources_of(match, nodata_counts=isinstance(base, CityConfig) and base.nodata is None)
+    if stac and is_item_list(match):
+        return sorted(assets_of(match, base.asset if isinstance(base, CityConfig) else None), key=natural)
+    return [match]
+
+
+def _ending(path: str) -> str:
+    return PurePosixPath(tile_name(path)).suffix.lower()
+
+
+def _check_formats(tiles: Sequence[str], key: str) -> None:
+    closed = [tile for tile in tiles if _ending(tile) in CLOSED]
+    if closed:
+        name = tile_name(closed[0])
+        more = f" (and {len(closed) - 1} more)" if len(closed) > 1 else ""
+        raise UserError(
+            f"{key}: {closed[0]}{more}: {CLOSED[_ending(closed[0])]}, which only GDAL builds with its vendor's library"
+            " can read; expected GeoTIFF or JPEG 2000; cure, with such a build:"
+            f" gdal_translate -co TILED=YES -co COMPRESS=DEFLATE -co BIGTIFF=IF_SAFER {name} {Path(name).stem}.tif"
+        )
+
+
+def _matches(pattern: str, folder: Path, base: CityConfig | Path) -> list[str]:
+    """Files or URLs that a pattern means. ValueError or TileError for a URL that means nothing."""
+    if is_remote(pattern) or pattern.startswith("/vsi"):
+        return _remote_matches(resolved(pattern, str(folder / "city.yaml")))
+    return _local_matches(pattern, folder, base)
+
+
+# Files
+
+
+def _local_matches(pattern: str, folder: Path, base: CityConfig | Path) -> list[str]:
+    output = base.path(base.output).resolve() if isinstance(base, CityConfig) else None
+    try:
+        return [str(path) for path in _file_matches(folder / Path(pattern).expanduser(), output)]
+    except (ValueError, RuntimeError) as error:  # of glob and of expanduser
+        raise UserError(f"{pattern}: {error}; expected a glob such as tiles/*.tif") from None
+
+
+def _file_matches(path: Path, output: Path | None) -> list[Path]:
     """Files that a path or a glob means. As far as the folders of a glob exist as they are written, they are meant."""
     if path.is_dir():
         found = [p for p in path.resolve().iterdir() if p.suffix.lower() in RASTERS and p.is_file()]
@@ -75,16 +131,86 @@ def _is_product(path: Path, output: Path) -> bool:
     return PARTIAL in path.name or place.relative_to(output).parts[0] in PUBLISHED | KEPT
 
 
-def _natural(path: Path) -> list[tuple[int, int | str]]:
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", str(path)) if part]
+def natural(path: str) -> list[tuple[int, int | str]]:
+    """What to sort paths by: numbers in them count as numbers."""
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", path) if part]
 
 
-def stamp(path: Path) -> list[str | int]:
+# Servers
+
+
+def _remote_matches(pattern: str) -> list[str]:
+    """URLs that a URL, or in a bucket a glob or a folder, means. TileError where a bucket cannot be listed."""
+    if pattern.startswith("s3://"):
+        return _bucket_matches(pattern)
+    if {"*", "["} & {*urlsplit(pattern).path}:
+        raise UserError(
+            f"{pattern}: expected the URL of one tile, of a VRT or of STAC items: a server of files lists no folders"
+        )
+    return [pattern]
+
+
+def _bucket_matches(pattern: str) -> list[str]:
+    bucket, _, key = pattern.removeprefix("s3://").partition("/")
+    *folders, name = key.split("/")
+    if not bucket:
+        raise UserError(f"{pattern}: names no bucket; expected s3://bucket/folder/*.tif")
+    plain = [*_until_wildcard(folders)]
+    if not name and len(plain) == len(folders):
+        found = list_bucket("/".join((f"s3://{bucket}", *plain)), deep=False)
+        return [url for url in found if _ending(url) in RASTERS]
+    if len(plain) == len(folders) and not _is_wild(name):
+        return [pattern]
+    found = list_bucket("/".join((f"s3://{bucket}", *plain)), deep=len(plain) < len(folders))
+    parts = key.split("/")
+    return [url for url in found if _means(parts, url.removeprefix(f"s3://{bucket}/").split("/"))]
+
+
+def _is_wild(part: str) -> bool:
+    return bool({"*", "?", "["} & {*part})
+
+
+def _until_wildcard(folders: Sequence[str]) -> Iterator[str]:
+    for folder in folders:
+        if _is_wild(folder):
+            return
+        yield folder
+
+
+def _means(pattern: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether a glob means a key, both cut at their slashes; as in pathlib, ** is any number of folders."""
+    if not pattern or not parts:
+        return not pattern and not parts
+    first, *rest = pattern
+    if first == "**" and rest:
+        return any(_means(rest, parts[skip:]) for skip in range(len(parts)))
+    return fnmatchcase(parts[0], first) and _means(rest, parts[1:])
+
+
+def stamp(path: str) -> list[str | int]:
     """What `file_stamp` says of a tile and its side files; nothing where there is no such file."""
     try:
-        return list(file_stamp(str(path)))
+        return list(file_stamp(path))
+    except UnreachableError:
+        raise
     except TileError:
         return []
+
+
+def stamps(paths: Sequence[str]) -> dict[str, list[str | int]]:
+    """The stamp of each tile, servers being asked for many at once. UserError as soon as one does not answer."""
+    found = {path: stamp(path) for path in paths if not is_remote(path)}
+    remote = [path for path in paths if is_remote(path)]
+    if remote:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+            try:
+                found |= zip(remote, pool.map(stamp, remote), strict=True)
+            except UnreachableError as error:
+                pool.shutdown(cancel_futures=True)
+                raise UserError(f"images: {error}") from None
+    return {path: found[path] for path in paths}
 
 
 def machine() -> dict[str, str]:

@@ -19,7 +19,7 @@ from segpipe.models.weights import BundleError, file_digest, resolve_bundle
 from segpipe.tasks.errors import UserError
 
 from .config import CityConfig
-from .inputs import find_images, machine, stamp
+from .inputs import find_images, machine, stamps
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -86,7 +86,7 @@ def state_of_inputs(config: CityConfig) -> dict[str, Any]:
     status = model.stat()
     return {
         "config": config.model_dump(mode="json"),
-        "images": {str(path): stamp(path) for path in find_images(config.images, config)},
+        "images": stamps(find_images(config.images, config)),
         "model": [str(model), [status.st_size, status.st_mtime_ns]],
         "machine": machine(),
     }

@@ -212,7 +212,7 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None) -> Plan:
     )
 
 
-def read_headers(paths: Sequence[Path], skip: bool) -> tuple[tuple[TileHeader, ...], dict[str, str]]:
+def read_headers(paths: Sequence[str], skip: bool) -> tuple[tuple[TileHeader, ...], dict[str, str]]:
     """Headers of the tiles, and, if they are to be skipped, paths that cannot be read with the reason.
 
     UserError for a tile that cannot be read, or for all of them.

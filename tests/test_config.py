@@ -32,6 +32,7 @@ def test_the_least_that_works_has_the_defaults_of_the_contract(tmp_path: Path) -
     config = load_city(city(tmp_path))
     assert config.images == ("tiles/*.tif",)
     assert config.model_dump(exclude=set(LEAST)) == {
+        "asset": None,
         "bands": (1, 2, 3),
         "images_crs": None,
         "nodata": None,
@@ -174,7 +175,7 @@ def test_a_training_job_is_read_with_its_own_names(tmp_path: Path) -> None:
 def images(folder: Path, *patterns: str) -> list[str]:
     config = CityConfig.model_validate(LEAST | {"images": list(patterns)})
     config._file = folder / "city.yaml"
-    return [path.name for path in find_images(config.images, config)]
+    return [Path(path).name for path in find_images(config.images, config)]
 
 
 @pytest.fixture
