@@ -2,72 +2,110 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic.fields import FieldInfo
 
 from segpipe.tasks.errors import UserError
+from segpipe.tasks.files import is_remote
 
 
-def _as_list(value: object) -> object:
-    return value if isinstance(value, list | tuple) or value is None else [value]
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_tuple_of_any(value: object) -> object:
+    return value if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _check_path(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a null character")
+    try:
+        os.fsencode(Path(text).expanduser())
+    except RuntimeError:
+        raise ValueError("names a home folder that is not there") from None
+    except UnicodeEncodeError:
+        raise ValueError("holds characters that no file name can have") from None
+    return text
 
 
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Field(gt=0)]
-Strings = Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(_check_path)]
+Paths = Annotated[tuple[PathText, ...], BeforeValidator(_as_tuple_of_any), Field(min_length=1)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_as_tuple_of_any)]
+BandNumbers = Annotated[
+    tuple[PositiveInt, ...],
+    BeforeValidator(_as_tuple),
+    Field(min_length=1, description="a list of band numbers from 1, such as [1, 2, 3]"),
+]
+NODATA = "null, a number, or a list of numbers such as [0, 255]"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    """Part of a YAML file. Each field's description is what a user is told to be expected there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class GridConfig(_Section):
     """The lattice and how it is cut."""
 
-    crs: None = None
-    chunk_px: Annotated[int, Field(ge=64, le=8192)] = 1024
-    block_px: PositiveInt | Auto = "auto"
-    resolution_m: None = None
-    area: None = None
+    crs: None = Field(None, description="null")
+    chunk_px: int = Field(1024, ge=64, le=8192, description="a whole number of pixels from 64 to 8192")
+    block_px: PositiveInt | Auto = Field("auto", description="auto, or a whole number of pixels such as 2048")
+    resolution_m: None = Field(None, description="null")
+    area: None = Field(None, description="null")
 
 
 class PredictConfig(_Section):
     """How the network is run."""
 
-    halo: Annotated[int, Field(ge=0)] | Literal["auto", "exact"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    tta: Literal["none"] = "none"
+    halo: Annotated[int, Field(ge=0)] | Literal["auto", "exact"] = Field(
+        "auto", description="auto, exact, or a whole number of pixels from 0"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto, float32 or bfloat16")
+    tta: Literal["none"] = Field("none", description="none")
 
 
 class VectorizeConfig(_Section):
     """From probabilities to footprints; metres are ground metres. threshold null: the bundle's."""
 
-    threshold: Annotated[float, Field(gt=0, le=1)] | None = None
-    min_area_m2: Annotated[float, Field(ge=0)] = 10.0
-    fill_holes_m2: Annotated[float, Field(ge=0)] = 2.0
-    simplify_m: Annotated[float, Field(ge=0)] = 0.3
-    regularize: Literal["none"] = "none"
+    threshold: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="null, or a number above 0 and up to 1 such as 0.4"
+    )
+    min_area_m2: NotNegative = Field(10.0, description="a number of square metres from 0 on")
+    fill_holes_m2: NotNegative = Field(2.0, description="a number of square metres from 0 on")
+    simplify_m: NotNegative = Field(0.3, description="a number of metres from 0 on")
+    regularize: Literal["none"] = Field("none", description="none")
 
 
 class ClusterConfig(_Section):
     """Where the work runs. workers: processes; threads: of torch in each; memory: of all workers together."""
 
-    kind: Literal["local"] = "local"
-    workers: PositiveInt | Auto = "auto"
-    threads: PositiveInt | Auto = "auto"
-    memory: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*(GiB|GB|MiB|MB)$")] | Auto = "auto"
+    kind: Literal["local"] = Field("local", description="local")
+    workers: PositiveInt | Auto = Field("auto", description="auto, or a whole number from 1 such as 2")
+    threads: PositiveInt | Auto = Field("auto", description="auto, or a whole number from 1 such as 2")
+    memory: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*(GiB|GB|MiB|MB)$")] | Auto = Field(
+        "auto", description="auto, or a number with GiB, GB, MiB or MB such as 8 GiB"
+    )
 
 
 class StoreConfig(_Section):
     """What stays of the store after publishing."""
 
-    keep: Literal["all", "probability", "none"] = "all"
+    keep: Literal["all", "probability", "none"] = Field("all", description="all, probability or none")
 
 
 class _Job(_Section):
@@ -85,72 +123,116 @@ class _Job(_Section):
         return self._file.parent.absolute() / Path(text).expanduser()
 
     def resolved_yaml(self) -> str:
-        """The whole configuration with its defaults, as YAML."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The whole configuration as YAML, with its defaults and absolute paths: it says the same in any folder."""
+        values = self.model_dump(mode="json", by_alias=True) | self._absolute_paths()
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+    def _absolute_paths(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _absolute(self, texts: Sequence[str]) -> list[str]:
+        return [text if is_remote(text) else str(self.path(text)) for text in texts]
 
 
 class CityConfig(_Job):
     """city.yaml: which tiles, which model, where to."""
 
-    name: Annotated[str, Field(min_length=1)]
-    images: Strings
-    asset: str | None = None
-    model: str
-    output: str
-    bands: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3)
-    images_crs: str | None = None
-    nodata: Annotated[tuple[float, ...], BeforeValidator(_as_list)] | None = None
-    nodata_tolerance: Annotated[float, Field(ge=0)] | Auto = "auto"
-    nodata_min_m2: Annotated[float, Field(ge=0)] = 1000.0
-    on_tile_error: Literal["fail", "skip"] = "fail"
-    grid: GridConfig = GridConfig()
-    predict: PredictConfig = PredictConfig()
-    vectorize: VectorizeConfig = VectorizeConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    store: StoreConfig = StoreConfig()
+    name: Text = Field(description="a text such as vienna")
+    images: Paths = Field(
+        description="a glob such as tiles/*.tif, a folder, a VRT, a URL, STAC in JSON, or a list of these"
+    )
+    asset: Text | None = Field(None, description="null, or the name of an asset of STAC items such as visual")
+    model: PathText = Field(description="the file of a model bundle, or the name of one in the package")
+    output: PathText = Field(description="a folder such as runs/vienna")
+    bands: BandNumbers = (1, 2, 3)
+    images_crs: Text | None = Field(None, description="null, or a coordinate system such as EPSG:32633")
+    nodata: Numbers | None = Field(None, description=NODATA)
+    nodata_tolerance: NotNegative | Auto = Field("auto", description="auto, or a number from 0 on such as 12")
+    nodata_min_m2: NotNegative = Field(1000.0, description="a number of square metres from 0 on")
+    on_tile_error: Literal["fail", "skip"] = Field("fail", description="fail or skip")
+    grid: GridConfig = Field(GridConfig(), description="keys and values such as {chunk_px: 1024}")
+    predict: PredictConfig = Field(PredictConfig(), description="keys and values such as {halo: auto}")
+    vectorize: VectorizeConfig = Field(VectorizeConfig(), description="keys and values such as {threshold: 0.4}")
+    cluster: ClusterConfig = Field(ClusterConfig(), description="keys and values such as {workers: 2}")
+    store: StoreConfig = Field(StoreConfig(), description="keys and values such as {keep: all}")
+
+    def _absolute_paths(self) -> dict[str, Any]:
+        # A name that is no file is that of a bundle in the package.
+        model = self.path(self.model)
+        return {
+            "images": self._absolute(self.images),
+            "model": str(model) if model.is_file() else self.model,
+            "output": str(self.path(self.output)),
+        }
 
 
 class AreaConfig(_Section):
     """Images and the labels of the same places, matched in natural order."""
 
-    images: Strings
-    labels: Strings
-    nodata: Annotated[tuple[float, ...], BeforeValidator(_as_list)] | None = None
+    images: Paths = Field(description="a glob such as train/*_image.tif, a file, or a list of these")
+    labels: Paths = Field(description="a glob such as train/*_mask.tif, a file, or a list of these")
+    nodata: Numbers | None = Field(None, description=NODATA)
 
 
 class NetworkConfig(_Section):
     """The network and what its weights start from: `lecun`, a file of encoder weights, or a bundle."""
 
-    name: str
-    initialisation: str = "lecun"
-    freeze_encoder: bool = False
+    name: Text = Field(description="the name of a network such as unet-mobilenetv2")
+    initialisation: PathText = Field("lecun", description="lecun, a file of encoder weights, or a model bundle")
+    freeze_encoder: bool = Field(False, description="true or false")
 
 
 class FitConfig(_Section):
     """The optimisation. An epoch is steps_per_epoch batches; auto: as many crops as cover all valid pixels once."""
 
-    epochs: PositiveInt = 20
-    steps_per_epoch: PositiveInt | Auto = "auto"
-    crop_px: Annotated[int, Field(ge=64)] = 768
-    batch: PositiveInt = 8
-    optimiser: Literal["adam", "adamw"] = "adam"
-    learning_rate: Annotated[float, Field(gt=0)] = 0.001
-    encoder_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    loss: Literal["bce-jaccard"] = "bce-jaccard"
-    seed: int = 0
+    epochs: PositiveInt = Field(20, description="a whole number from 1")
+    steps_per_epoch: PositiveInt | Auto = Field("auto", description="auto, or a whole number from 1 such as 100")
+    crop_px: int = Field(768, ge=64, description="a whole number of pixels from 64")
+    batch: PositiveInt = Field(8, description="a whole number from 1")
+    optimiser: Literal["adam", "adamw"] = Field("adam", description="adam or adamw")
+    learning_rate: float = Field(0.001, gt=0, description="a number above 0 such as 0.001")
+    encoder_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="null, or a number above 0 such as 0.0003"
+    )
+    weight_decay: NotNegative = Field(0.0, description="a number from 0 on such as 0.0001")
+    loss: Literal["bce-jaccard"] = Field("bce-jaccard", description="bce-jaccard")
+    seed: int = Field(0, description="a whole number")
+
+
+Areas = Annotated[
+    tuple[AreaConfig, ...],
+    BeforeValidator(_as_tuple),
+    Field(min_length=1, description="a list such as [{images: train/*_image.tif, labels: train/*_mask.tif}]"),
+]
 
 
 class TrainConfig(_Job):
     """train.yaml: labelled areas, a network, where to."""
 
-    name: Annotated[str, Field(min_length=1)]
-    areas: Annotated[tuple[AreaConfig, ...], Field(min_length=1)]
-    validate_on: Annotated[tuple[AreaConfig, ...], Field(min_length=1, alias="validate")]
-    network: NetworkConfig
-    fit: FitConfig = FitConfig()
-    output: str
-    bands: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3)
+    name: Text = Field(description="a text such as buildings")
+    areas: Areas
+    validate_on: Areas = Field(alias="validate")
+    network: NetworkConfig = Field(description="keys and values such as {name: unet-mobilenetv2}")
+    fit: FitConfig = Field(FitConfig(), description="keys and values such as {epochs: 20}")
+    output: PathText = Field(description="a folder such as runs/buildings")
+    bands: BandNumbers = (1, 2, 3)
+
+    def _absolute_paths(self) -> dict[str, Any]:
+        def absolute(areas: tuple[AreaConfig, ...]) -> list[dict[str, Any]]:
+            return [
+                area.model_dump(mode="json")
+                | {"images": self._absolute(area.images), "labels": self._absolute(area.labels)}
+                for area in areas
+            ]
+
+        start = self.network.initialisation
+        start = start if start == "lecun" else str(self.path(start))
+        return {
+            "areas": absolute(self.areas),
+            "validate": absolute(self.validate_on),
+            "network": self.network.model_dump() | {"initialisation": start},
+            "output": str(self.path(self.output)),
+        }
 
 
 JobT = TypeVar("JobT", bound=_Job)
@@ -167,27 +249,39 @@ def load_train(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def _load(kind: type[JobT], file: Path, overrides: Sequence[str]) -> JobT:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read: {error}; expected a YAML file") from None
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark is not None else ""
-        raise UserError(f"{file}: not YAML{where}: {getattr(error, 'problem', error)}") from None
-    if not isinstance(data, dict):
-        found = "nothing" if data is None else f"a {type(data).__name__}"
-        raise UserError(f"{file}: found {found}, expected a mapping of keys such as name, images, model, output")
+    data = _read(file)
+    of_file = copy.deepcopy(data)
     for override in overrides:
         _override(data, override)
     try:
         job = kind.model_validate(data)
     except ValidationError as error:
-        raise UserError("; ".join(f"{file}: {line}" for line in _explain(kind, error))) from None
+        raise UserError("; ".join(_explain(kind, error, file, of_file, data, overrides))) from None
     job._file = file
     return job
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}; expected a YAML file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: cannot be read: it is no text; expected a YAML file") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark is not None else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{file}: not YAML{where}: {problem}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not YAML: {error}") from None
+    if not isinstance(data, dict):
+        found = "nothing" if data is None else "a list" if isinstance(data, list) else _shown(data)
+        raise UserError(f"{file}: found {found}; expected keys and values such as `output: run`, a line each")
+    return data
 
 
 def _override(data: dict[str, Any], text: str) -> None:
@@ -196,53 +290,105 @@ def _override(data: dict[str, Any], text: str) -> None:
         raise UserError(f"--set {text}: expected key.path=value, for example vectorize.threshold=0.4")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"--set {text}: the value is not YAML") from None
     *path, last = key.split(".")
     for part in path:
         if not isinstance(data.setdefault(part, {}), dict):
-            raise UserError(f"--set {text}: {part} is no mapping in the file")
+            raise UserError(f"--set {text}: {part} has no keys below it")
         data = data[part]
     data[last] = parsed
 
 
-def _explain(kind: type[BaseModel], error: ValidationError) -> Iterator[str]:
-    """One line a faulty key; the alternatives of a union are told as one."""
-    seen: dict[str, list[str]] = {}
+Key = tuple[str | int, ...]
+"""A place in a YAML file: keys, and positions in lists of sections."""
+
+
+def _explain(
+    kind: type[BaseModel],
+    error: ValidationError,
+    file: Path,
+    of_file: dict[str, Any],
+    data: dict[str, Any],
+    overrides: Sequence[str],
+) -> Iterator[str]:
+    """One text a faulty key, headed by the file or the --set that it comes from.
+
+    of_file: what the file holds; data: the same with the overrides.
+    """
+    faults: dict[Key, str] = {}
     for entry in error.errors():
-        known, path = _known_path(kind, entry["loc"])
-        key = ".".join(path) or "the file"
-        if entry["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        unknown = entry["type"] in ("extra_forbidden", "invalid_key")
+        key, field, known = _place(kind, (*entry["loc"][:-1], str(entry["loc"][-1])) if unknown else entry["loc"])
+        if unknown:
+            near = difflib.get_close_matches(str(key[-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
-            seen.setdefault(key, []).append(f"unknown key; {hint}")
+            faults[key] = f"unknown key; {hint}"
         elif entry["type"] == "missing":
-            seen.setdefault(key, []).append("missing; it is required")
+            faults[key] = f"missing; expected {_expected(field)}"
+        elif entry["type"] == "value_error":
+            faults[key] = f"{_shown(_at(data, key))} {entry['ctx']['error']}; expected {_expected(field)}"
         else:
-            found = json.dumps(entry["input"], default=str, ensure_ascii=False)
-            message = entry["msg"][0].lower() + entry["msg"][1:]
-            seen.setdefault(key, [f"found {found}, "]).append(message)
-    for key, parts in seen.items():
-        head, *rest = parts
-        yield f"{key}: {head}" + " or ".join(dict.fromkeys(rest)) if rest else f"{key}: {head}"
+            faults.setdefault(key, f"found {_shown(_at(data, key))}; expected {_expected(field)}")
+    for key, fault in faults.items():
+        # What is wrong inside of a section makes the section wrong too: told once.
+        if not any(other != key and other[: len(key)] == key for other in faults):
+            yield f"{_source(key, file, of_file, data, overrides)}: {'.'.join(map(str, key))}: {fault}"
 
 
-def _known_path(kind: type[BaseModel], loc: Sequence[int | str]) -> tuple[list[str], list[str]]:
-    """Keys known at the place of an error, and the place as a user would write it (pydantic adds names of types)."""
-    path: list[str] = []
+def _source(key: Key, file: Path, of_file: dict[str, Any], data: dict[str, Any], overrides: Sequence[str]) -> str:
+    """Where the value at a key comes from: the last --set that has to do with it, or the file."""
+    if repr(_at(of_file, key)) != repr(_at(data, key)):
+        for text in reversed(overrides):
+            changed = tuple(text.partition("=")[0].split("."))
+            shared = min(len(changed), len(key))
+            if changed[:shared] == tuple(map(str, key[:shared])):
+                return f"--set {text}"
+    return str(file)
+
+
+def _at(value: Any, key: Key) -> Any:
+    """The value at a key; `...` where there is none."""
+    for part in key:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            return ...
+    return value
+
+
+def _shown(value: object) -> str:
+    """A value as a user may have written it, not too long."""
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+def _place(kind: type[BaseModel], loc: Sequence[int | str]) -> tuple[Key, FieldInfo | None, list[str]]:
+    """The key of an error, its field if there is one, and the keys that are known beside it.
+
+    pydantic adds names of types to its places, and positions of single values in lists: a user is told of the list.
+    """
+    key: Key = ()
+    field: FieldInfo | None = None
     section: type[BaseModel] | None = kind
     known = _keys(kind)
+    position: Key = ()
     for part in loc:
         if isinstance(part, int):
-            path.append(str(part))
-            continue
-        if section is None:
-            continue
-        known = _keys(section)
-        path.append(part)
-        field = next((f for name, f in section.model_fields.items() if part in (name, f.alias)), None)
-        section = _section_of(field.annotation) if field is not None else None
-    return known, path
+            position = (part,)
+        elif section is not None:
+            known = _keys(section)
+            key, position = (*key, *position, part), ()
+            field = next((f for name, f in section.model_fields.items() if part == (f.alias or name)), None)
+            section = _section_of(field.annotation) if field is not None else None
+    return key, field, known
+
+
+def _expected(field: FieldInfo | None) -> str:
+    return field.description or "another value" if field is not None else "another value"
 
 
 def _keys(kind: type[BaseModel]) -> list[str]:

@@ -1,13 +1,14 @@
 """YAML to frozen values: what is wrong is told with the key, what was found, what was expected."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from segpipe.pipeline.config import CityConfig, load_city, load_train
+from segpipe.pipeline.config import CityConfig, TrainConfig, _section_of, load_city, load_train
 from segpipe.pipeline.inputs import find_images
 from segpipe.tasks.errors import UserError
 
@@ -17,6 +18,14 @@ LEAST: dict[str, Any] = {"name": "x", "images": "tiles/*.tif", "model": "m.safet
 def city(folder: Path, **changes: Any) -> Path:
     file = folder / "city.yaml"
     file.write_text(yaml.safe_dump(LEAST | changes))
+    return file
+
+
+def train(folder: Path, **changes: Any) -> Path:
+    file = folder / "train.yaml"
+    area = {"images": "a.tif", "labels": "b.tif"}
+    data = {"name": "t", "areas": [area], "validate": [area], "network": {"name": "n"}, "output": "o"}
+    file.write_text(yaml.safe_dump(data | changes))
     return file
 
 
@@ -53,11 +62,34 @@ def test_the_least_that_works_has_the_defaults_of_the_contract(tmp_path: Path) -
     }
 
 
-def test_the_resolved_yaml_loads_to_the_same_config(tmp_path: Path) -> None:
-    config = load_city(city(tmp_path, name="Wien, Ödland", nodata=[0, 255], grid={"block_px": 2048}))
-    again = tmp_path / "again.yaml"
+def test_the_resolved_yaml_means_the_same_from_any_folder(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"name": "Wien, Ödland", "nodata": [0, 255], "grid": {"block_px": 2048}}
+    config = load_city(city(tmp_path, images=["tiles/*.tif", "/else/a.tif"], **settings))
+    again = tmp_path / "run" / "city.yaml"
+    again.parent.mkdir()
     again.write_text(config.resolved_yaml(), encoding="utf-8")
-    assert load_city(again).model_dump() == config.model_dump()
+    found = load_city(again)
+    paths = {"images", "output"}
+    assert found.model_dump(exclude=paths) == config.model_dump(exclude=paths)
+    assert found.images == (str(tmp_path / "tiles" / "*.tif"), "/else/a.tif")
+    assert found.output == str(tmp_path / "run")
+    assert found.model == "m.safetensors", "a name that is no file is that of a bundle in the package"
+    (tmp_path / "m.safetensors").write_bytes(b"")
+    again.write_text(config.resolved_yaml(), encoding="utf-8")
+    assert load_city(again).model == str(tmp_path / "m.safetensors")
+
+
+def test_the_resolved_training_means_the_same_from_any_folder(tmp_path: Path) -> None:
+    file, again = train(tmp_path, network={"name": "n", "initialisation": "w.pth"}), tmp_path / "run" / "train.yaml"
+    again.parent.mkdir()
+    again.write_text(load_train(file).resolved_yaml(), encoding="utf-8")
+    found = load_train(again)
+    assert found.areas[0].images == (str(tmp_path / "a.tif"),)
+    assert found.validate_on[0].labels == (str(tmp_path / "b.tif"),)
+    assert found.network.initialisation == str(tmp_path / "w.pth")
+    assert found.output == str(tmp_path / "o")
+    again.write_text(load_train(train(tmp_path)).resolved_yaml(), encoding="utf-8")
+    assert load_train(again).network.initialisation == "lecun"
 
 
 def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
@@ -74,11 +106,11 @@ def test_a_config_cannot_be_changed(tmp_path: Path) -> None:
         ({"grid": {"chunk": 512}}, ["grid.chunk", "did you mean chunk_px?"]),
         ({"zzz": 1}, ["zzz", "known here:", "images"]),
         ({"bands": "red"}, ["bands", '"red"']),
-        ({"grid": {"chunk_px": "big"}}, ["grid.chunk_px", '"big"', "integer"]),
+        ({"grid": {"chunk_px": "big"}}, ["grid.chunk_px", '"big"', "whole number"]),
         ({"grid": {"chunk_px": 10}}, ["grid.chunk_px", "10", "64"]),
         ({"grid": {"block_px": "large"}}, ["grid.block_px", '"large"', "auto"]),
-        ({"vectorize": {"threshold": 0}}, ["vectorize.threshold", "0", "greater than 0"]),
-        ({"vectorize": {"threshold": float("nan")}}, ["vectorize.threshold", "finite"]),
+        ({"vectorize": {"threshold": 0}}, ["vectorize.threshold", "found 0", "above 0"]),
+        ({"vectorize": {"threshold": float("nan")}}, ["vectorize.threshold", "NaN", "up to 1"]),
         ({"vectorize": None}, ["vectorize", "null"]),
         ({"predict": {"halo": "none"}}, ["predict.halo", '"none"', "auto"]),
         ({"on_tile_error": "ignore"}, ["on_tile_error", '"ignore"', "skip"]),
@@ -92,6 +124,102 @@ def test_a_wrong_key_is_named_with_what_was_found_and_expected(
 ) -> None:
     message = refusal(city(tmp_path, **changes))
     assert all(word in message for word in ["city.yaml", *words]), message
+
+
+JARGON = ("valid", "dictionary", "instance", "tuple", "string", "input", "pattern", "Config", "item")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("grid=5", "grid: found 5; expected keys and values such as {chunk_px: 1024}"),
+        (
+            "cluster.memory=8",
+            "cluster.memory: found 8; expected auto, or a number with GiB, GB, MiB or MB such as 8",
+        ),
+        ("cluster.memory=8 gib", 'cluster.memory: found "8 gib"; expected auto, or a number with GiB'),
+        ("bands=1,2,3", 'bands: found "1,2,3"; expected a list of band numbers from 1, such as [1, 2, 3]'),
+        ("bands=[0]", "bands: found [0]; expected a list of band numbers from 1, such as [1, 2, 3]"),
+        ("bands=[]", "bands: found []; expected a list of band numbers from 1"),
+        ("nodata=[0, black]", 'nodata: found [0, "black"]; expected null, a number, or a list of numbers'),
+        ("predict.halo=-1", "predict.halo: found -1; expected auto, exact, or a whole number of pixels from 0"),
+        # Mistyped, though it could be made to fit
+        ("cluster.workers=true", "cluster.workers: found true; expected auto, or a whole number from 1"),
+        ("nodata=true", "nodata: found true;"),
+        ("nodata_min_m2=true", "nodata_min_m2: found true; expected a number"),
+        ("vectorize.threshold='0.4'", 'vectorize.threshold: found "0.4"; expected null, or a number above 0'),
+        ("grid.chunk_px='512'", 'grid.chunk_px: found "512"; expected a whole number'),
+        ("grid.chunk_px=512.0", "grid.chunk_px: found 512.0; expected a whole number"),
+        ("bands=[1, true, 3]", "bands: found [1, true, 3];"),
+        ("name=2024", "name: found 2024; expected a text such as vienna"),
+        # Paths that are none
+        ("output=''", 'output: found ""; expected a folder'),
+        ("model=", "model: found null; expected the file of a model bundle"),
+        ("model=''", 'model: found "";'),
+        ("images=''", 'images: found "";'),
+        ('output="a\\0b"', 'output: "a\\u0000b" holds a null character; expected a folder'),
+        ('images=[a.tif, "a\\0b"]', 'images: ["a.tif", "a\\u0000b"] holds a null character; expected a glob'),
+        ("output=~nobodyx/y", 'output: "~nobodyx/y" names a home folder that is not there; expected a folder'),
+        ("model=~nobodyx/y", 'model: "~nobodyx/y" names a home folder that is not there;'),
+    ],
+)
+def test_a_wrong_value_is_told_once_in_plain_words_and_with_its_set(
+    tmp_path: Path, override: str, expected: str
+) -> None:
+    message = refusal(city(tmp_path), override)
+    assert message.startswith(f"--set {override}: {expected}"), message
+    assert not any(word in message.removeprefix(f"--set {override}") for word in JARGON), message
+    assert "city.yaml" not in message
+    key = expected.partition(":")[0]
+    assert message.removeprefix(f"--set {override}").count(f"{key}: ") == 1, "told once"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("vectorize.simplify_m=1", 1.0),
+        ("nodata=0", (0.0,)),
+        ("bands=[1, 1, 1]", (1, 1, 1)),
+        ("name=a/b", "a/b"),
+        ("cluster.memory=8GiB", "8GiB"),
+        ("cluster.memory=auto", "auto"),
+    ],
+)
+def test_a_whole_number_is_a_number_and_a_band_may_be_repeated(tmp_path: Path, override: str, value: Any) -> None:
+    found: Any = load_city(city(tmp_path), [override])
+    for part in override.partition("=")[0].split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_a_fault_is_told_of_where_it_comes_from(tmp_path: Path) -> None:
+    file = city(tmp_path, bands=[0], vectorize={"threshold": 7})
+    message = refusal(file, "vectorize.threshold=9", "vectorise.threshold=1", "grid.chunk_px=1")
+    assert message.split("; --set ") == [
+        f"{file}: bands: found [0]; expected a list of band numbers from 1, such as [1, 2, 3]",
+        "grid.chunk_px=1: grid.chunk_px: found 1; expected a whole number of pixels from 64 to 8192",
+        "vectorize.threshold=9: vectorize.threshold: found 9;"
+        " expected null, or a number above 0 and up to 1 such as 0.4",
+        "vectorise.threshold=1: vectorise: unknown key; did you mean vectorize?",
+    ]
+    assert load_city(file, ["vectorize.threshold=0.5", "bands=[1]"]).bands == (1,)
+
+
+def test_keys_that_are_no_text_are_unknown(tmp_path: Path) -> None:
+    file = city(tmp_path, grid={1: 2})
+    assert "grid.1: unknown key; known here: area, block_px" in refusal(file)
+
+
+@pytest.mark.parametrize("job", [CityConfig, TrainConfig])
+def test_every_key_says_what_is_expected(job: type[BaseModel]) -> None:
+    def silent(kind: type[BaseModel]) -> Iterator[str]:
+        for name, field in kind.model_fields.items():
+            if not field.description:
+                yield f"{kind.__name__}.{name}"
+            if (section := _section_of(field.annotation)) is not None:
+                yield from silent(section)
+
+    assert not list(silent(job))
 
 
 def test_every_wrong_key_is_told_at_once(tmp_path: Path) -> None:
@@ -109,9 +237,12 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("- a\n- b\n", ["a list", "mapping"]),
-        ("just words", ["a str", "mapping"]),
-        ("", ["nothing", "mapping"]),
+        ("- a\n- b\n", ["a list", "keys and values"]),
+        ("just words", ["just words", "keys and values"]),
+        ("5", ["found 5", "keys and values"]),
+        ("", ["nothing", "keys and values"]),
+        ("made: 2024-99-99", ["not YAML"]),
+        ("name: 'a\0b'", ["not YAML"]),
         ("name: [1\nimages: x", ["not YAML", "line"]),
         ("name: !!python/object:os.system x", ["not YAML"]),
     ],
@@ -141,7 +272,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     [
         ("vectorize.threshold", "expected key.path=value"),
         ("=1", "expected key.path=value"),
-        ("name.first=x", "no mapping"),
+        ("name.first=x", "no keys below it"),
         ("vectorize.treshold=1", "did you mean threshold?"),
         ("nodata=[", "not YAML"),
     ],
@@ -159,14 +290,11 @@ def test_paths_are_relative_to_the_yaml_file(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_training_job_is_read_with_its_own_names(tmp_path: Path) -> None:
-    file = tmp_path / "train.yaml"
-    area = {"images": "a.tif", "labels": "b.tif"}
-    data: dict[str, Any] = {"name": "t", "areas": [area], "validate": [area], "network": {"name": "n"}, "output": "o"}
-    file.write_text(yaml.safe_dump(data))
-    assert load_train(file).validate_on[0].labels == ("b.tif",)
-    file.write_text(yaml.safe_dump(data | {"areas": [area | {"label": "c.tif"}]}))
+    assert load_train(train(tmp_path)).validate_on[0].labels == ("b.tif",)
     with pytest.raises(UserError, match=r"areas\.0\.label: unknown key; did you mean labels\?"):
-        load_train(file)
+        load_train(train(tmp_path, areas=[{"images": "a.tif", "label": "c.tif"}]))
+    with pytest.raises(UserError, match=r"areas: found \[5\]; expected a list such as"):
+        load_train(train(tmp_path, areas=[5]))
 
 
 # Which files are meant by `images:`
