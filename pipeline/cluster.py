@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
+import logging
+import os
 import pickle
+import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any, Protocol
 
 from segpipe.tasks.errors import RunError, UserError
@@ -19,6 +24,11 @@ from .stages import Receipt, Site
 Stage = Callable[..., Receipt]
 
 WORKER_TIMEOUT_S = 15
+CLOSING_S = 3
+"""What a client or a cluster is given to close in: all of it must end within 10 s of Ctrl-C."""
+LOOK_EVERY_S = 15.0
+GONE_FOR_S = 60.0
+"""A run that has waited so long without a worker for its tasks ends: a nanny, or a batch system, has had its time."""
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
@@ -125,16 +135,45 @@ class Distributed:
         self._done.add(future)
 
     def next(self) -> Outcome:
-        """Wait for the next task to end."""
+        """Wait for the next task to end. RunError if nobody is left that could end one."""
+        alone_since: float | None = None
+        while True:
+            outcome = self._take() if self._arrived() else None
+            if outcome is not None:
+                return outcome
+            if self._has_worker():
+                alone_since = None
+                continue
+            alone_since = alone_since or time.monotonic()
+            if time.monotonic() - alone_since >= GONE_FOR_S:
+                raise RunError(
+                    f"no worker that could go on was seen for {GONE_FOR_S:.0f} s; what is done is kept; start workers"
+                    ' (with --resources "GPU=1") and run the same command again to go on'
+                )
+
+    def _arrived(self) -> bool:
+        """Wait until a task has ended, but not longer than until it is time to look after the workers."""
+        with self._done.thread_condition:
+            return bool(self._done.thread_condition.wait_for(self._done.has_ready, LOOK_EVERY_S))
+
+    def _take(self) -> Outcome | None:
+        """The outcome of a task that has ended; None if its worker has died with it, so that it is done again."""
         future = next(self._done)
-        task = self._tasks.pop(future)
-        if future.status == "finished":
-            receipt, worker = future.result()
-            return Outcome(task, receipt, None, worker)
         if future.cancelled():
             raise RunError("the Dask scheduler was lost; what is done is kept; run the same command again to go on")
-        error = future.exception()
-        return Outcome(task, None, _explained(error), "")
+        if future.status == "error":
+            return Outcome(self._tasks.pop(future), None, _explained(future.exception()), "")
+        if future.status == "finished":
+            with contextlib.suppress(Exception, asyncio.CancelledError):
+                receipt, worker = future.result(timeout=LOOK_EVERY_S)
+                return Outcome(self._tasks.pop(future), receipt, None, worker)
+        self._done.add(future)
+        return None
+
+    def _has_worker(self) -> bool:
+        """True if some task that is under way has a worker that it could run on."""
+        workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
+        return any(_has_gpu(worker) or not task.gpu for worker in workers for task in self._tasks.values())
 
     def leave(self) -> None:
         """Let workers that live on drop the plan and the network of this run; those of other runs stay."""
@@ -208,91 +247,160 @@ def _work(run: str, stage: str, arguments: tuple[Any, ...]) -> tuple[Receipt, st
 
 @contextmanager
 def open_pool(plan: Plan, scheduler: str | None) -> Iterator[Pool]:
-    """A pool on a cluster of this machine, or on the scheduler at an address. UserError if that has no worker."""
+    """A pool on a cluster of this machine, or on the scheduler at an address.
+
+    UserError if that has no worker which can take this plan's tasks.
+    """
     import dask
-    from distributed import Client, LocalCluster
 
     threads = str(plan.workers.threads)
-    dask.config.set(
-        {
-            "distributed.worker.memory.target": False,
-            "distributed.worker.memory.spill": False,
-            "distributed.worker.memory.pause": 0.9,
-            "distributed.comm.timeouts.connect": f"{WORKER_TIMEOUT_S}s",
-            "distributed.comm.timeouts.tcp": f"{WORKER_TIMEOUT_S}s",
-            "distributed.nanny.pre-spawn-environ": {
-                "OMP_NUM_THREADS": threads,
-                "MKL_NUM_THREADS": threads,
-                "OPENBLAS_NUM_THREADS": "1",
-                **ALLOCATOR,
-            },
-        }
-    )
-    if scheduler is not None:
-        try:
-            client = Client(scheduler, timeout=WORKER_TIMEOUT_S, set_as_default=False)
-        except (OSError, ValueError, TimeoutError) as error:
-            raise UserError(
-                f"--scheduler {scheduler}: no answer ({type(error).__name__}); expected a Dask scheduler"
-            ) from None
-        with _closing(client):
-            pool = Distributed(client, plan, _check_workers(client, scheduler))
-            try:
-                yield pool
-            finally:
-                pool.leave()
-        return
-    cluster = LocalCluster(
-        n_workers=plan.workers.count,
-        threads_per_worker=THREADS_PER_WORKER,
-        processes=True,
-        memory_limit=plan.workers.memory_bytes,
-        resources={"GPU": 1},
-        dashboard_address="127.0.0.1:0",
-        silence_logs=50,
-        host="127.0.0.1",
-    )
-    with _closing(cluster):
-        client = Client(cluster, set_as_default=False)
-        with _closing(client):
-            yield Distributed(client, plan, 2 * plan.workers.count * THREADS_PER_WORKER)
+    settings = {
+        "distributed.worker.memory.target": False,
+        "distributed.worker.memory.spill": False,
+        "distributed.worker.memory.pause": 0.9,
+        "distributed.comm.timeouts.connect": f"{WORKER_TIMEOUT_S}s",
+        "distributed.comm.timeouts.tcp": f"{WORKER_TIMEOUT_S}s",
+        "distributed.nanny.pre-spawn-environ": {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OPENBLAS_NUM_THREADS": "1",
+            **ALLOCATOR,
+        },
+    }
+    with dask.config.set(settings), _attached(plan, scheduler) if scheduler is not None else _local(plan) as pool:
+        yield pool
 
 
 @contextmanager
-def _closing(it: Any) -> Iterator[None]:
-    """Close a client or a cluster within seconds; running tasks are abandoned."""
+def _attached(plan: Plan, scheduler: str) -> Iterator[Pool]:
+    """A pool on a running scheduler, which is left as it was found."""
+    from distributed import Client
+
+    try:
+        client = Client(scheduler, timeout=WORKER_TIMEOUT_S, set_as_default=False)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise UserError(
+            f"--scheduler {scheduler}: no answer ({type(error).__name__}); expected a Dask scheduler"
+        ) from None
+    with ExitStack() as closing:
+        closing.callback(_close, client)
+        pool = Distributed(client, plan, _check_workers(client, scheduler, plan))
+        closing.callback(pool.leave)
+        yield pool
+
+
+@contextmanager
+def _local(plan: Plan) -> Iterator[Pool]:
+    """A pool on worker processes of this machine, which end with it; what still runs in them then is abandoned."""
+    from distributed import Client, Nanny, Scheduler, SpecCluster
+    from distributed.utils import LoopRunner, silence_logging_cmgr
+
+    here = {"host": "127.0.0.1", "protocol": "tcp://"}
+    worker = here | {
+        "nthreads": THREADS_PER_WORKER,
+        "memory_limit": plan.workers.memory_bytes,
+        "resources": {"GPU": 1},
+        "dashboard": False,
+        "silence_logs": logging.CRITICAL,
+    }
+    with ExitStack() as closing:
+        # A cluster that ends amid its work has much to tell, in tracebacks, and none of it is news.
+        closing.enter_context(silence_logging_cmgr(logging.CRITICAL))
+        # Multiprocessing's own helper, were it started later, would let the thread that starts it take signals again.
+        resource_tracker.ensure_running()
+        with _held_back(signal.SIGINT):
+            # Ctrl-C in a terminal goes to all processes in it. What this thread holds back, the thread of the loop
+            # holds back for ever, and so does each worker process, which is started from there, be it anew after a
+            # death. So it comes to the main thread alone, and that ends the others.
+            loop = LoopRunner()
+            loop.start()
+            closing.callback(loop.stop, CLOSING_S)
+        loop.loop.asyncio_loop.set_exception_handler(lambda loop, context: None)
+        with _held_back(signal.SIGINT, signal.SIGTERM):
+            # Stopped in here, it would leave processes that nobody knows.
+            cluster = SpecCluster(
+                workers={
+                    number: {"cls": Nanny, "options": worker | {"env": environment}}
+                    for number, environment in enumerate(_environments(plan, os.environ))
+                },
+                scheduler={
+                    "cls": Scheduler,
+                    "options": here | {"dashboard": True, "dashboard_address": "127.0.0.1:0"},
+                },
+                silence_logs=logging.CRITICAL,
+                loop=loop.loop,
+            )
+            closing.callback(_close, cluster)
+            closing.callback(_kill_workers, cluster)
+        client = Client(cluster, set_as_default=False)
+        closing.callback(_close, client)
+        # Killed before anything is closed: closing would wait for what runs in them.
+        closing.callback(_kill_workers, cluster)
+        yield Distributed(client, plan, 2 * plan.workers.count * THREADS_PER_WORKER)
+
+
+def _environments(plan: Plan, environment: Mapping[str, str]) -> Sequence[dict[str, str]]:
+    """What each worker process finds in its environment besides: on GPUs, the one device that is its own."""
+    count = plan.workers.count
+    if not plan.recipe.device.startswith("cuda"):
+        return [{}] * count
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(number) for number in range(count)]
+    return [{"CUDA_VISIBLE_DEVICES": devices[number % len(devices)].strip()} for number in range(count)]
+
+
+@contextmanager
+def _held_back(*signals: signal.Signals) -> Iterator[None]:
+    """Hold signals to this thread back; they come when it is over."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
-        with contextlib.suppress(Exception):
-            it.close(timeout=3)
-        for process in _children() if hasattr(it, "worker_spec") else []:
-            with contextlib.suppress(Exception):
-                process.kill()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _children() -> list[Any]:
-    """Worker processes of this one."""
+def _close(it: Any) -> None:
+    """Close a client or a cluster within seconds."""
+    with contextlib.suppress(Exception):
+        it.close(timeout=CLOSING_S)
+
+
+def _kill_workers(cluster: Any) -> None:
+    """Kill the worker processes of a cluster; their nannies do not start others."""
     import psutil
 
-    found = []
-    for process in psutil.Process().children(recursive=True):
+    pids = []
+    for nanny in list(cluster.workers.values()):
+        nanny.close_gracefully()
+        pids.append(nanny.pid)
+    for pid in filter(None, pids):
         with contextlib.suppress(psutil.Error):
-            if "spawn_main" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+            psutil.Process(pid).kill()
 
 
-def _check_workers(client: Any, scheduler: str) -> int:
-    """Threads of all workers, times two; UserError if there is no worker, or none with the resource GPU."""
+def _has_gpu(worker: Mapping[str, Any]) -> bool:
+    return bool(worker["resources"].get("GPU", 0) >= 1)
+
+
+def _check_workers(client: Any, scheduler: str, plan: Plan) -> int:
+    """Threads of all workers, times two; UserError if no worker is there, has the resource GPU, or is large enough."""
     try:
         client.wait_for_workers(1, timeout=WORKER_TIMEOUT_S)
     except TimeoutError:
         raise UserError(f"--scheduler {scheduler}: no worker; expected at least one") from None
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    if not any(worker["resources"].get("GPU", 0) >= 1 for worker in workers):
+    able = [worker for worker in workers if _has_gpu(worker)]
+    if not able:
         raise UserError(
             f"--scheduler {scheduler}: {len(workers)} workers, none with the resource GPU; expected at least one"
             ' started with --resources "GPU=1"'
+        )
+    # A worker without a limit has None or 0.
+    limits = [int(worker.get("memory_limit") or 0) for worker in able]
+    if all(limits) and max(limits) < plan.task_bytes:
+        raise UserError(
+            f"--scheduler {scheduler}: the largest worker with the resource GPU has {max(limits) / 2**30:.1f} GiB, but"
+            f" a block of {plan.block_px} px takes {plan.task_bytes / 2**30:.1f} GiB; cure: workers with a larger"
+            " --memory-limit, or a smaller `grid: {block_px: …}`"
         )
     return 2 * sum(int(worker["nthreads"]) for worker in workers)

@@ -1,16 +1,19 @@
 """The same work on real worker processes, which die, and in this process: the same bytes."""
 
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import dask
 import psutil
 import pytest
 import torch
@@ -62,7 +65,7 @@ def city(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> City:
 
 
 def workers() -> list[psutil.Process]:
-    return [p for p in cluster._children() if p.is_running()]
+    return [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
 
 
 def test_worker_processes_give_the_bytes_of_this_process_and_one_may_be_killed(
@@ -120,20 +123,107 @@ def test_a_killed_driver_goes_on_where_it_was(city: City) -> None:
     assert set(done.values()) == {1}, "nothing that was finished is done again"
 
 
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_terminal_ends_all_processes_within_10_s_and_without_a_traceback(
+    city: City, sign: signal.Signals
+) -> None:
+    folder = city.folder / f"stopped by {sign.name}"
+    command = [sys.executable, "-c", "from segpipe.pipeline.cli import main; main()", "run", str(city.config)]
+    # Ctrl-C is ignored when it starts, as in what a script starts with &
+    in_background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
+    process = subprocess.Popen(
+        [*in_background, *command, "--set", f"output={folder.name}", "--set", "cluster.workers=2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(process, folder / "tasks.jsonl", 3)
+    family = psutil.Process(process.pid).children(recursive=True)
+    for _ in range(3):
+        os.killpg(process.pid, sign)
+        time.sleep(0.1)
+    # The contract's time: all that waits for the pipes to close, workers too.
+    _, told = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert told.splitlines()[-1].startswith("segpipe: stopped; what is done is kept; run the same command again")
+    assert "Traceback" not in told
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not [it for it in alive if it.status() != psutil.STATUS_ZOMBIE]
+    assert not (folder / "lock.json").exists()
+
+
+def held_back(pid: int) -> set[int]:
+    """Signals that a process does not take."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    masks = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigBlk", "SigIgn"))]
+    return {number for number in range(1, 32) for mask in masks if mask >> (number - 1) & 1}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc that tells of signals")
+def test_a_worker_has_one_gpu_and_leaves_ctrl_c_to_the_driver_also_when_it_is_started_anew(
+    city: City, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-7f")
+    plan = make_plan(load_city(city.config))
+    plan = replace(
+        plan, recipe=replace(plan.recipe, device="cuda sm_90"), workers=replace(plan.workers, count=2, memory_bytes=0)
+    )
+    settings = dict(dask.config.config["distributed"]["nanny"]["pre-spawn-environ"])
+
+    def devices() -> dict[int, str]:
+        found = pool._client.run(lambda: (os.getpid(), os.environ["CUDA_VISIBLE_DEVICES"]))
+        return dict(found.values())
+
+    with cluster.open_pool(plan, None) as pool:
+        assert isinstance(pool, Distributed)
+        before = devices()
+        assert sorted(before.values()) == ["3", "GPU-7f"]
+        assert all(signal.SIGINT in held_back(pid) for pid in before)
+        victim = min(before)
+        os.kill(victim, signal.SIGKILL)
+        after = before
+        while victim in after or len(after) < 2:
+            # Asking one that is just dying or starting fails.
+            with suppress(OSError):
+                after = devices()
+        assert sorted(after.values()) == ["3", "GPU-7f"]
+        assert all(signal.SIGINT in held_back(pid) for pid in after)
+        assert not {signal.SIGINT, signal.SIGTERM} & held_back(os.getpid())
+    assert not workers()
+    assert dask.config.config["distributed"]["nanny"]["pre-spawn-environ"] == settings
+
+
+def test_without_a_choice_of_gpus_they_are_counted_and_without_gpus_none_is_named(city: City) -> None:
+    plan = make_plan(load_city(city.config))
+    many = replace(plan, workers=replace(plan.workers, count=3))
+    assert cluster._environments(many, {"CUDA_VISIBLE_DEVICES": "1"}) == [{}, {}, {}]
+    on_gpus = replace(many, recipe=replace(plan.recipe, device="cuda sm_80"))
+    for environment, expected in (({}, ["0", "1", "2"]), ({"CUDA_VISIBLE_DEVICES": "5, 6"}, ["5", "6", "5"])):
+        found = cluster._environments(on_gpus, environment)
+        assert [it["CUDA_VISIBLE_DEVICES"] for it in found] == expected
+
+
 @pytest.fixture
-def scheduler() -> Iterator[Callable[..., str]]:
-    """Start a scheduler with one worker in this process; gives its address."""
+def clusters() -> Iterator[list[LocalCluster]]:
+    """The clusters that a test starts, to be closed behind it."""
     started: list[LocalCluster] = []
-
-    def start(**options: Any) -> str:
-        started.append(
-            LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None, **options)
-        )
-        return str(started[-1].scheduler_address)
-
-    yield start
+    yield started
     for it in started:
         it.close()
+
+
+@pytest.fixture
+def scheduler(clusters: list[LocalCluster]) -> Callable[..., str]:
+    """Start a scheduler with one worker in this process; gives its address."""
+
+    def start(**options: Any) -> str:
+        clusters.append(
+            LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None, **options)
+        )
+        return str(clusters[-1].scheduler_address)
+
+    return start
 
 
 def attach(city: City, address: str, output: str) -> run.Published:
@@ -157,6 +247,49 @@ def test_a_scheduler_without_the_resource_gpu_is_refused_before_any_work(
     with pytest.raises(UserError, match=r'1 workers, none with the resource GPU.*--resources "GPU=1"'):
         attach(city, address, "refused")
     assert not tasks_done(city.folder / "refused")
+
+
+def test_a_scheduler_whose_workers_are_too_small_is_refused_before_any_work(
+    city: City, scheduler: Callable[..., str]
+) -> None:
+    # It is in this process, which is larger than that: it would pause.
+    with dask.config.set({"distributed.worker.memory.pause": False}):
+        address = scheduler(protocol="tcp", host="127.0.0.1", resources={"GPU": 1}, memory_limit=200 * 2**20)
+    with pytest.raises(UserError, match=r"resource GPU has 0\.2 GiB, but a block of 64 px takes .* GiB; cure: workers"):
+        attach(city, address, "refused")
+    assert not tasks_done(city.folder / "refused")
+
+
+@pytest.mark.parametrize("limit", [None, 0])
+def test_a_worker_without_a_limit_is_large_enough(city: City, limit: int | None) -> None:
+    class Client:
+        def wait_for_workers(self, count: int, timeout: float) -> None: ...
+
+        def scheduler_info(self, n_workers: int) -> dict[str, Any]:
+            small = {"resources": {"GPU": 1}, "memory_limit": 1000, "nthreads": 2}
+            return {"workers": {"small": small, "free": small | {"memory_limit": limit}}}
+
+    assert cluster._check_workers(Client(), "tcp://x", make_plan(load_city(city.config))) == 8
+
+
+def test_a_run_whose_last_gpu_worker_leaves_ends_and_says_how_to_go_on(
+    city: City, scheduler: Callable[..., str], clusters: list[LocalCluster], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = scheduler(protocol="tcp", host="127.0.0.1", resources={"GPU": 1})
+    take_next = Distributed.next
+
+    def leaving(self: Distributed) -> Outcome:
+        outcome = take_next(self)
+        for worker in clusters[0].workers.values():
+            clusters[0].sync(worker.close, executor_wait=False)
+        return outcome
+
+    monkeypatch.setattr(Distributed, "next", leaving)
+    monkeypatch.setattr(cluster, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(cluster, "GONE_FOR_S", 0.3)
+    with pytest.raises(RunError, match=r"no worker .* is kept; start workers .* run the same command again"):
+        attach(city, address, "left alone")
+    assert tasks_done(city.folder / "left alone")
 
 
 def test_an_address_without_a_scheduler_is_refused(city: City, monkeypatch: pytest.MonkeyPatch) -> None:
