@@ -4,48 +4,106 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-import click
+try:
+    import click
+
+    from segpipe.tasks.errors import SegpipeError, UserError
+except KeyboardInterrupt:
+    sys.exit("segpipe: stopped")
 
 YAML_FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
+CLOSING_S = 10.0
+RUN_AGAIN = "what is done is kept; run the same command again to go on"
+TRAIN_AGAIN = "the last checkpoint is kept; run the same command again to go on from it"
+
+
+class _Program(click.Group):
+    """A group of commands that tells all that is wrong in one line: click's own errors, and Ctrl-C at any moment."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command, and end with its exit code; not standalone: return, and leave errors and signals alone."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, False, **extra)
+        try:
+            _take_signals()
+            code = super().main(args, prog_name, complete_var, False, **extra)
+            _ignore_signals()
+            sys.exit(code)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx is not None else "segpipe"
+            _end(f"{error.format_message()} See: {command} --help", error.exit_code)
+        except click.ClickException as error:
+            _end(error.format_message(), error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            _end("stopped", 1)
+
+
+def _take_signals() -> None:
+    """Let SIGTERM be what Ctrl-C is, also where a script that started this with & has made Ctrl-C be ignored.
+
+    What follows the first within CLOSING_S is ignored, so that all is closed in peace; after that it counts again,
+    for the first may have come where a library swallows exceptions.
+    """
+    stopped_at: float | None = None
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal stopped_at
+        if stopped_at is None or time.monotonic() - stopped_at > CLOSING_S:
+            stopped_at = time.monotonic()
+            raise KeyboardInterrupt
+
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, stop)
+
+
+def _ignore_signals() -> None:
+    """Nothing is left to be stopped but Python's own exit, which would tell of it in a traceback."""
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, signal.SIG_IGN)
 
 
 @contextmanager
-def _told(debug: bool) -> Iterator[None]:
-    """Turn errors into one line and an exit code: 2 the user's mistake, 1 failed while running."""
-    from segpipe.tasks.errors import SegpipeError
+def _told(debug: bool, again: str = "") -> Iterator[None]:
+    """Turn errors into one line and an exit code: 2 the user's mistake, 1 failed while running.
 
-    signal.signal(signal.SIGTERM, _stop)
+    again: what is kept of a command that did not end, and how to go on with it.
+    """
+    again = f"; {again}" if again else ""
     try:
         yield
-    except SegpipeError as error:
-        if debug:
-            raise
-        _end(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _end("stopped; what is done is kept; run the same command again to go on", 1)
-    except OSError as error:
-        if debug:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        _end(f"{where}{error.strerror or error}; what is done is kept; run the same command again to go on", 1)
+        _end(f"stopped{again}", 1)
     except Exception as error:
         if debug:
             raise
-        _end(f"unexpected {type(error).__name__}: {error}; --debug shows where; what is done is kept", 1)
-
-
-def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+        if isinstance(error, SegpipeError):
+            _end(str(error), error.exit_code)
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            _end(f"{where}{error.strerror or error}{again}", 1)
+        _end(f"unexpected {type(error).__name__}: {error}; --debug shows where{again}", 1)
 
 
 def _end(message: str, code: int) -> NoReturn:
+    _ignore_signals()
     click.echo(f"segpipe: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
@@ -57,7 +115,9 @@ def _job_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    "segpipe", cls=_Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(package_name="segpipe")
 def main() -> None:
     """Aerial imagery to building footprints."""
@@ -71,7 +131,10 @@ def main() -> None:
 @_job_options
 def run(city: Path, scheduler: str | None, dry_run: bool, fresh: bool, overrides: tuple[str, ...], debug: bool) -> None:
     """Map a city: tiles to a GeoPackage of buildings. Run it again, and it goes on where it stopped."""
-    with _told(debug):
+    with _told(debug, RUN_AGAIN):
+        for option, given in (("--fresh", fresh), ("--scheduler", scheduler)):
+            if dry_run and given:
+                raise UserError(f"--dry-run only prints the plan, so {option} does nothing; expected one of the two")
         from .config import load_city
         from .manifest import nothing_changed
 
@@ -102,7 +165,7 @@ def run(city: Path, scheduler: str | None, dry_run: bool, fresh: bool, overrides
 @_job_options
 def train(train: Path, overrides: tuple[str, ...], debug: bool) -> None:
     """Train a network on labelled areas; the result is a model bundle that `run` takes."""
-    with _told(debug):
+    with _told(debug, TRAIN_AGAIN):
         from .config import load_train
         from .train import train as fit
 
@@ -151,11 +214,13 @@ def models() -> None:
 def models_list() -> None:
     """The bundles that come with the package, and the networks that can be trained."""
     with _told(False):
+        from segpipe.models.networks import NETWORKS
         from segpipe.models.weights import packaged_bundles, read_card
 
         for bundle in packaged_bundles():
             card = read_card(bundle)
             click.echo(f"{bundle.stem}: {card.architecture}, {card.resolution_m:g} m a pixel, {', '.join(card.bands)}")
+        click.echo(f"networks that can be trained: {', '.join(NETWORKS)}")
 
 
 @models.command("show")
@@ -178,7 +243,6 @@ def models_import(source: Path, destination: Path, architecture: str) -> None:
     """Make a bundle of a published checkpoint: an ImageNet encoder (.pth), or a TernausNet."""
     with _told(False):
         from segpipe.models.weights import BundleError, import_checkpoint
-        from segpipe.tasks.errors import UserError
 
         try:
             card = import_checkpoint(source, destination, architecture)

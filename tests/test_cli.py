@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import ORIGIN, City, draw_blobs, map_it, outputs, tasks_done, write_tile
 
+from segpipe.pipeline import cli, evaluate, run, stages
 from segpipe.pipeline import plan as plan_module
-from segpipe.pipeline import run, stages
 from segpipe.pipeline.cli import main
 from segpipe.pipeline.store import locked
 from segpipe.tasks.errors import TileError
@@ -26,10 +26,11 @@ pytestmark = pytest.mark.usefixtures("in_process")
 
 @pytest.fixture(autouse=True)
 def signals() -> Iterator[None]:
-    """Commands take SIGTERM for Ctrl-C: put back what pytest had."""
-    before = signal.getsignal(signal.SIGTERM)
+    """Commands take signals: put back what pytest had."""
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for sign, handler in before.items():
+        signal.signal(sign, handler)
 
 
 @pytest.fixture
@@ -88,6 +89,31 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(city: City) -> None:
     assert sorted(city.folder.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["runn"], ["No such command 'runn'", "segpipe --help"]),
+        (["run"], ["Missing argument 'CITY'", "segpipe run --help"]),
+        (["run", "--dryrun", "city.yaml"], ["--dryrun", "segpipe run --help"]),
+        (["demo", "x", "--seed", "a"], ["--seed", "'a' is not a valid integer"]),
+        (["run", "city.yaml", "--dry-run", "--fresh"], ["--dry-run only prints the plan", "--fresh does nothing"]),
+        (["run", "city.yaml", "--dry-run", "--scheduler", "tcp://x:1"], ["--dry-run", "--scheduler does nothing"]),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(arguments: list[str], words: list[str]) -> None:
+    found = segpipe(*arguments)
+    assert found.exit_code == 2
+    assert found.stderr == one_line(found) + "\n"
+    assert not found.stdout
+    assert all(word in found.stderr for word in words), found.stderr
+
+
+def test_the_bundles_and_the_networks_are_listed() -> None:
+    found = segpipe("models", "list")
+    assert "buildings-mobilenetv2: unet-mobilenetv2, 0.3 m a pixel" in found.stdout
+    assert "networks that can be trained: unet11, unet-mobilenetv2" in found.stdout
+
+
 BAD: list[tuple[str, Callable[[City], Path], list[str]]] = [
     ("no yaml", lambda c: c.folder / "none.yaml", ["none.yaml", "cannot be read"]),
     ("misspelt key", lambda c: c.set(vectorise={}), ["vectorise", "did you mean vectorize?"]),
@@ -115,7 +141,7 @@ def test_yaml_that_is_no_mapping_is_exit_code_2(city: City) -> None:
     city.config.write_text("- tiles\n- model\n")
     found = segpipe("run", city.config)
     assert found.exit_code == 2
-    assert "expected a mapping" in one_line(found)
+    assert "expected keys and values" in one_line(found)
 
 
 def test_a_tile_that_is_text_and_one_without_crs_are_exit_code_2(city: City) -> None:
@@ -185,6 +211,50 @@ def test_ctrl_c_is_exit_code_1_and_says_how_to_resume(city: City, monkeypatch: p
     assert not (city.folder / "run" / "lock.json").exists()
 
 
+@pytest.mark.parametrize("cause", [KeyboardInterrupt(), OSError(5, "Input/output error"), KeyError("x")])
+def test_only_a_command_that_keeps_something_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, cause: BaseException
+) -> None:
+    def broken(*_: Any) -> None:
+        raise cause
+
+    monkeypatch.setattr(evaluate, "evaluate_run", broken)
+    found = segpipe("evaluate", ".", "--truth", "x.tif")
+    assert found.exit_code == 1
+    assert "kept" not in one_line(found)
+    assert "again" not in one_line(found)
+
+
+@pytest.mark.parametrize("module", ["click", "pydantic"])
+def test_ctrl_c_while_modules_are_imported_shows_no_traceback(city: City, module: str) -> None:
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from segpipe.pipeline.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "run", str(city.config)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert found.stderr.startswith("segpipe: stopped")
+    assert found.stderr.count("\n") == 1
+
+
+def test_a_second_ctrl_c_does_not_disturb_the_closing_unless_that_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in a process that a script has started with &
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cli._take_signals()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "CLOSING_S", -1)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+
+
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Mount a small disk in memory, or change the one that is."""
@@ -223,7 +293,7 @@ def test_a_disk_that_fills_up_mid_run_is_exit_code_1_and_nothing_is_lost(
     map_it(city.config)
     whole = tasks_done(city.folder / "run")
     monkeypatch.setattr(plan_module, "_check_disk", lambda *_: None)
-    monkeypatch.setattr(run.publish, "GDAL_CACHE_MB", 1)
+    monkeypatch.setattr(run.publish, "GDAL_CACHE_BYTES", 2**20)
     output = mounted("size=48k") / "run"
     config = city.set(output=str(output))
     failures = 0
