@@ -50,6 +50,7 @@ BandNumbers = Annotated[
     BeforeValidator(_as_tuple),
     Field(min_length=1, description="a list of band numbers from 1, such as [1, 2, 3]"),
 ]
+Bounds = Annotated[tuple[float, float, float, float], BeforeValidator(_as_tuple)]
 NODATA = "null, a number, or a list of numbers such as [0, 255]"
 
 
@@ -66,7 +67,9 @@ class GridConfig(_Section):
     chunk_px: int = Field(1024, ge=64, le=8192, description="a whole number of pixels from 64 to 8192")
     block_px: PositiveInt | Auto = Field("auto", description="auto, or a whole number of pixels such as 2048")
     resolution_m: None = Field(None, description="null")
-    area: None = Field(None, description="null")
+    area: PathText | Bounds | None = Field(
+        None, description="null, a vector file such as district.gpkg, or [xmin, ymin, xmax, ymax]"
+    )
 
 
 class PredictConfig(_Section):
@@ -163,7 +166,14 @@ class CityConfig(_Job):
             "images": self._absolute(self.images),
             "model": str(model) if model.is_file() else self.model,
             "output": str(self.path(self.output)),
+            "grid": self.grid.model_dump(mode="json")
+            | ({"area": str(self.area)} if isinstance(self.area, Path) else {}),
         }
+
+    @property
+    def area(self) -> Path | tuple[float, float, float, float] | None:
+        """`grid.area`: the path of a vector file, or bounds."""
+        return self.path(self.grid.area) if isinstance(self.grid.area, str) else self.grid.area
 
 
 class AreaConfig(_Section):

@@ -279,8 +279,9 @@ def _join_task(site: Site, blocks: list[Block], joins: Joins, home: int) -> Task
     members = np.unique(joins.block).tolist()
     pieces = [(cell_unit(*blocks[n]), stages.key_in_ledger(site, "vectorize", blocks[n])) for n in members]
     local = type(joins)(joins.home, joins.building, np.searchsorted(members, joins.block).astype(np.int32), joins.label)
-    key = stages.join_key(local, pieces)
+    around = tuple(blocks[n] for n in members)
+    key = stages.join_key(site.plan, local, around, pieces)
     if site.ledger.done("join", cell_unit(*blocks[home]), key) is not None:
         return None
-    arguments = (*blocks[home], key, local, tuple(blocks[n] for n in members))
+    arguments = (*blocks[home], key, local, around)
     return Task(stages.join, arguments, False, _PRIORITY["join"])

@@ -34,11 +34,16 @@ REPLACED = (*OUTPUTS, "city.yaml", MANIFEST, "tasks.jsonl", "store.zarr", "fragm
 """What a run writes in its folder whatever is there. Of GeoPackages it knows its own by their rows."""
 
 
+STATE = ("config", "images", "machine", "area")
+"""What must be as it was for nothing to have changed; a model may have another stamp."""
+
+
 class _State(BaseModel):
     config: dict[str, Any]
     images: dict[str, list[str | int]]
     model: tuple[str, list[int]]
     machine: dict[str, str]
+    area: list[int]
 
 
 class _Model(BaseModel):
@@ -89,7 +94,17 @@ def state_of_inputs(config: CityConfig) -> dict[str, Any]:
         "images": stamps(find_images(config.images, config)),
         "model": [str(model), [status.st_size, status.st_mtime_ns]],
         "machine": machine(),
+        "area": _area_stamp(config),
     }
+
+
+def _area_stamp(config: CityConfig) -> list[int]:
+    """Size in bytes and mtime in ns of the file of `grid.area`, and of what may lie beside it: edits, and its CRS."""
+    if not isinstance(config.area, Path):
+        return []
+    files = (config.area, Path(f"{config.area}-wal"), config.area.with_suffix(".prj"))
+    stats = [file.stat() for file in files if file.exists()]
+    return [value for it in stats for value in (it.st_size, it.st_mtime_ns)]
 
 
 def nothing_changed(config: CityConfig) -> dict[str, Any] | None:
@@ -109,7 +124,7 @@ def nothing_changed(config: CityConfig) -> dict[str, Any] | None:
         whole = all(_is_there(folder / name, size) for name, size in manifest["outputs"].items())
     except (UserError, OSError):
         return None
-    return manifest if whole and all(now[part] == then[part] for part in ("config", "images", "machine")) else None
+    return manifest if whole and all(now[part] == then[part] for part in STATE) else None
 
 
 def _is_there(path: Path, size: int) -> bool:
@@ -205,6 +220,9 @@ def make_manifest(config: CityConfig, plan: Plan, state: dict[str, Any], publish
         "lattice": asdict(plan.lattice),
         "grid": asdict(plan.layout.grid),
         "bounds": asdict(plan.bounds),
+        "area": None
+        if plan.area is None
+        else {"source": plan.area.source, "ground_km2": round(plan.area.ground_km2(plan.lattice), 6)},
         "chunk_px": plan.chunk_px,
         "recipe": asdict(plan.recipe),
         "model": {"path": str(plan.model), "digest": plan.model_digest, "card": plan.card.model_dump(mode="json")},

@@ -28,6 +28,7 @@ from segpipe.tasks.validity import min_pixels, resolve_tolerance
 from segpipe.tasks.vectorize import VectorSettings
 
 from .config import CityConfig, ClusterConfig
+from .district import District, resolve_area
 from .inputs import find_images
 from .manifest import check_folder_is_ours
 from .store import Layout
@@ -86,6 +87,8 @@ class Plan:
     task_bytes: int
     left_out: dict[str, str]
     notes: tuple[str, ...]
+    area: District | None = None
+    """The part that is asked for; None: all that the tiles cover."""
     lock: str = ""
     """Token of the lock under which tasks may write; an empty text: nobody asks."""
 
@@ -113,20 +116,66 @@ class Plan:
         return Window.cell(row, col, self.block_px)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Blocks that meet a tile, by absolute index, row by row."""
-        return self._cells(self.block_px)
+        """Blocks to be predicted, by absolute index, row by row: those that meet a tile, and are near the area."""
+        near = self.layout.grid if self.area is None else self.area.window.pad(self.recipe.halo_px + 1)
+        return (block for block in self._cells(self.block_px, near) if self._is_near_area(block))
+
+    def is_predicted(self, block: tuple[int, int]) -> bool:
+        """Whether a block is among `blocks`."""
+        return bool(self.tiles_in(self.core(*block))) and self._is_near_area(block)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
-        """Chunks that meet a tile, by absolute index, row by row."""
-        return self._cells(self.chunk_px)
+        """Chunks to be read, by absolute index, row by row: those that meet a tile, and are seen by a block."""
+        return (chunk for chunk in self._cells(self.chunk_px, self.seen) if self._is_seen(chunk))
 
     def chunks_in(self, window: Window) -> list[tuple[int, int]]:
-        """Chunks that meet a window and a tile, row by row."""
+        """Those of `chunks` that meet a window, row by row."""
         return [
             cell
             for cell in window.intersect(self.layout.grid).cells(self.chunk_px)
-            if self.tiles_in(Window.cell(*cell, self.chunk_px))
+            if self.tiles_in(Window.cell(*cell, self.chunk_px)) and self._is_seen(cell)
         ]
+
+    def predicted_chunks_in(self, window: Window) -> list[tuple[int, int]]:
+        """Chunks that meet a window, of blocks to be predicted, row by row."""
+        chunks, in_block = self.chunks_in(window), self.block_px // self.chunk_px
+        if self.area is None:
+            return chunks
+        return [(row, col) for row, col in chunks if self.is_predicted((row // in_block, col // in_block))]
+
+    def open_sides(self, block: tuple[int, int]) -> tuple[str, ...]:
+        """Sides of a block beyond which there are tiles but nothing is predicted: buildings are cut there."""
+        row, col = block
+        beyond = {"top": (row - 1, col), "right": (row, col + 1), "bottom": (row + 1, col), "left": (row, col - 1)}
+        return tuple(
+            side
+            for side, other in beyond.items()
+            if self.area is not None and not self._is_near_area(other) and self.tiles_in(self.core(*other))
+        )
+
+    def tiles_seen(self) -> list[int]:
+        """Indices of the tiles that a block sees."""
+        if self.area is None:
+            return [*range(len(self.tiles))]
+        return sorted({tile for chunk in self.chunks() for tile in self.tiles_in(Window.cell(*chunk, self.chunk_px))})
+
+    @property
+    def seen(self) -> Window:
+        """The part of the grid in which all `chunks` lie."""
+        return _seen(self.layout.grid, self.area, self.recipe, self.card.stride)
+
+    def _is_near_area(self, block: tuple[int, int]) -> bool:
+        """Within a halo, so that a building that meets the area is whole at least as far as that."""
+        return self.area is None or self.area.is_near(self.core(*block), self.recipe.halo_px)
+
+    def _is_seen(self, chunk: tuple[int, int]) -> bool:
+        if self.area is None:
+            return True
+        window, halo_px, stride = Window.cell(*chunk, self.chunk_px), self.recipe.halo_px, self.card.stride
+        return any(
+            self.is_predicted(block) and reach(self.core(*block), halo_px, stride).intersect(window).pixels
+            for block in window.pad(halo_px + stride).cells(self.block_px)
+        )
 
     def tiles_in(self, window: Window) -> list[int]:
         """Indices of the tiles that a window meets, in the order of the list."""
@@ -137,8 +186,9 @@ class Plan:
         """The least pixels of a nodata patch, at the tile's own ground resolution."""
         return min_pixels(self.nodata_min_m2, ground_pixel_m(self.lattice, self.tiles[tile].window) ** 2)
 
-    def _cells(self, step: int) -> Iterator[tuple[int, int]]:
-        grid = self.layout.grid
+    def _cells(self, step: int, near: Window) -> Iterator[tuple[int, int]]:
+        """Cells that meet a tile and a window, row by row."""
+        grid = self.layout.grid.intersect(near)
         for row in range(grid.row_off // step, -(-grid.row_stop // step)):
             strip = Window(row * step, grid.col_off, step, grid.width)
             cols = {
@@ -149,6 +199,13 @@ class Plan:
     @cached_property
     def _index(self) -> shapely.STRtree:
         return shapely.STRtree([_box(tile.window) for tile in self.tiles])
+
+
+def _seen(grid: Window, area: District | None, recipe: Recipe, stride: int) -> Window:
+    """The part of a grid that blocks near an area can see."""
+    if area is None:
+        return grid
+    return area.window.pad(2 * recipe.halo_px + recipe.block_px + stride + 1).intersect(grid)
 
 
 def _box(window: Window) -> shapely.Polygon:
@@ -184,15 +241,16 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None) -> Plan:
     layout = Layout(lattice, bounds.snap(config.grid.chunk_px), config.grid.chunk_px, len(config.bands))
     workers = resolve_workers(config.cluster, stored.get("threads"))
     halo_px, notes = _resolve_halo(config, card)
+    area = resolve_area(config.area, lattice, [tile.window for tile in tiles])
     recipe, task_bytes = _resolve_recipe(config, card, halo_px, layout, workers, stored.get("block_px"))
-    _check_disk(output, tiles, len(config.bands))
+    _check_disk(output, tiles, len(config.bands), _seen(layout.grid, area, recipe, card.stride))
     threshold = config.vectorize.threshold if config.vectorize.threshold is not None else card.threshold
     return Plan(
         name=config.name,
         output=output,
         tiles=tiles,
         layout=layout,
-        bounds=bounds,
+        bounds=bounds if area is None else bounds.intersect(area.window),
         nodata_min_m2=config.nodata_min_m2,
         skip_bad_tiles=config.on_tile_error == "skip",
         model=model,
@@ -209,6 +267,7 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None) -> Plan:
         task_bytes=task_bytes,
         left_out=left_out,
         notes=tuple(notes),
+        area=area,
     )
 
 
@@ -520,6 +579,7 @@ def _resolve_recipe(
 def describe(plan: Plan) -> list[tuple[str, str]]:
     """The plan as labelled lines, for a person."""
     lattice, grid, bounds = plan.lattice, plan.layout.grid, plan.bounds
+    covered = covered_by(plan.tiles)
     chunks, blocks = sum(1 for _ in plan.chunks()), sum(1 for _ in plan.blocks())
     metres = ground_pixel_m(lattice, bounds)
     core_px, seen_px = pixels_seen(plan)
@@ -533,8 +593,9 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         ("city", f"{plan.name}, into {plan.output}"),
         (
             "tiles",
-            f"{len(plan.tiles)}, {bounds.width} x {bounds.height} px in all, {metres:.3f} m a pixel on the ground",
+            f"{len(plan.tiles)}, {covered.width} x {covered.height} px in all, {metres:.3f} m a pixel on the ground",
         ),
+        *_told_of_area(plan),
         (
             "lattice",
             f"{_crs_name(CRS.from_wkt(lattice.crs_wkt))}, pixel {lattice.pixel_size:g}, phase"
@@ -559,12 +620,28 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         ),
         (
             "disk",
-            f"up to {disk_bytes(plan.tiles, plan.layout.bands) / 2**30:.2f} GiB in about"
+            f"up to {disk_bytes(plan.tiles, plan.layout.bands, plan.seen) / 2**30:.2f} GiB in about"
             f" {4 * chunks + 4 * blocks + 30} files",
         ),
     ]
     rows += [("left out", reason) for reason in plan.left_out.values()]
     return rows + [("note", note) for note in plan.notes]
+
+
+def covered_by(tiles: Sequence[Tile]) -> Window:
+    """The bounds of all tiles."""
+    offs = ([getattr(tile.window, name) for tile in tiles] for name in ("row_off", "col_off", "row_stop", "col_stop"))
+    row_off, col_off, row_stop, col_stop = offs
+    return Window.between(min(row_off), min(col_off), max(row_stop), max(col_stop))
+
+
+def _told_of_area(plan: Plan) -> list[tuple[str, str]]:
+    """A line for the area, if there is one."""
+    if plan.area is None:
+        return []
+    km2, bounds = plan.area.ground_km2(plan.lattice), plan.bounds
+    size = f"{km2:,.3f} km2 on the ground, {bounds.width} x {bounds.height} px of the tiles"
+    return [("area", f"{plan.area.source}: {size}; {len(plan.tiles_seen())} tiles are seen")]
 
 
 def pixels_seen(plan: Plan) -> tuple[int, int]:
@@ -598,8 +675,8 @@ def seconds_of(plan: Plan) -> float:
     return (time.perf_counter() - start) / side**2 * pixels_seen(plan)[1] / plan.workers.count
 
 
-def _check_disk(output: Path, tiles: Sequence[Tile], bands: int) -> None:
-    needed = disk_bytes(tiles, bands)
+def _check_disk(output: Path, tiles: Sequence[Tile], bands: int, seen: Window) -> None:
+    needed = disk_bytes(tiles, bands, seen)
     nearest = next(p for p in (output, *output.parents) if p.exists())
     have = shutil.disk_usage(nearest).free
     kept = sum(p.stat().st_size for p in (output / "store.zarr").rglob("*") if p.is_file())
@@ -610,9 +687,12 @@ def _check_disk(output: Path, tiles: Sequence[Tile], bands: int) -> None:
         )
 
 
-def disk_bytes(tiles: Sequence[Tile], bands: int) -> int:
-    """An upper estimate of what a run folder takes: image, valid, probability, and the two rasters with overviews."""
-    return int(sum(tile.window.pixels for tile in tiles) * (bands + 0.6)) + 16 * 2**20
+def disk_bytes(tiles: Sequence[Tile], bands: int, seen: Window) -> int:
+    """An upper estimate of what a run folder takes: image, valid, probability, and the two rasters with overviews.
+
+    seen: the window in which chunks lie.
+    """
+    return int(sum(tile.window.intersect(seen).pixels for tile in tiles) * (bands + 0.6)) + 16 * 2**20
 
 
 def key_of(*parts: object) -> str:

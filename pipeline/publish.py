@@ -46,10 +46,12 @@ SCHEMA = pa.schema(
         pa.field("area_m2", pa.float64()),
         pa.field("pixels", pa.int64()),
         pa.field("confidence", pa.float64()),
+        pa.field("cut", pa.bool_()),
         pa.field("geometry", pa.binary()),
     ]
 )
-"""Columns of the batches: area_m2 on the ground, pixels of the mask, geometry as WKB in coordinates of the CRS."""
+"""Columns of the batches: area_m2 on the ground, pixels of the mask, cut: it goes on into imagery that was not
+predicted, geometry as WKB in coordinates of the CRS."""
 
 PARTIAL = ".partial-segpipe"
 """Marks what is not finished: `mask.partial-segpipe.tif` beside `mask.tif`."""

@@ -150,7 +150,7 @@ def write_preview(
         rgb_HW3, seen_HW = _reduce_part(read_image, read_valid, part, factor)
         height, width = seen_HW.shape
         picture_HW3[row : row + height, col : col + width] = np.where(
-            seen_HW[..., None], rgb_HW3, _hatch(row, col, height, width)
+            seen_HW[..., None], rgb_HW3, hatch(row, col, height, width)
         )
     picture = Image.fromarray(picture_HW3)
     outlines = _draw_outlines(geopackage, picture.size, window, lattice, factor)
@@ -190,7 +190,7 @@ def _sums(pixels_HW: NDArray[np.generic], factor: int) -> NDArray[np.int64]:
     return sums
 
 
-def _hatch(row: int, col: int, height: int, width: int) -> NDArray[np.uint8]:
+def hatch(row: int, col: int, height: int, width: int) -> NDArray[np.uint8]:
     """Diagonal lines that go on from one part to the next, (H, W, 3)."""
     diagonal_HW = np.arange(row, row + height)[:, None] + np.arange(col, col + width)
     on_line_HW1 = (diagonal_HW % HATCH_PX < 2)[..., None]

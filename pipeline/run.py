@@ -112,15 +112,16 @@ def dry_run(config: CityConfig) -> list[tuple[str, str]]:
     """
     plan = make_plan(config, stored=read_settled(config.path(config.output)))
     rows = describe(plan)
-    step = -(-len(plan.tiles) // LOOKED_AT)
-    looked = range(0, len(plan.tiles), step)
+    seen = plan.tiles_seen()
+    step = -(-len(seen) // LOOKED_AT)
+    looked = seen[::step]
     reasons: Counter[str] = Counter()
     for tile in looked:
         it = plan.tiles[tile]
         if it.nodata or it.mask != "none":
             scan = scan_tile(it, plan.min_nodata_pixels(tile), lambda window, mask: None)
             reasons.update(scan.by_reason)
-    of = "" if step == 1 else f" (estimated from {len(looked)} of {len(plan.tiles)} tiles)"
+    of = "" if step == 1 else f" (estimated from {len(looked)} of {len(seen)} tiles)"
     m2 = ground_pixel_m(plan.lattice, plan.bounds) ** 2 * step
     found = [f"{reason}: {pixels * m2:,.0f} m2" for reason, pixels in sorted(reasons.items()) if pixels]
     rows.append(("invalid", (", ".join(found) or "nothing") + of))
@@ -156,7 +157,7 @@ def start_over(folder: Path) -> None:
 
 def run_plan(config: CityConfig, plan: Plan, listener: Listener, scheduler: str | None) -> Published:
     """All stages of a plan: read, predict and vectorize block by block, join over seams, publish."""
-    listener.expect("scan", len(plan.tiles))
+    listener.expect("scan", len(plan.tiles_seen()))
     listener.expect("read", sum(1 for _ in plan.chunks()))
     for stage in ("predict", "vectorize"):
         listener.expect(stage, sum(1 for _ in plan.blocks()))
@@ -229,7 +230,7 @@ def publish_all(
 
     def read_mask(window: Window) -> NDArray[np.uint8]:
         nonlocal mask_px, valid_px
-        prob_HW = read_probability(site, window)
+        prob_HW = read_in_area(site, window)
         mask_HW = mask_of(prob_HW, threshold_u8)
         mask_px += int(np.count_nonzero(mask_HW))
         valid_px += int(np.count_nonzero(prob_HW != INVALID))
@@ -242,7 +243,7 @@ def publish_all(
     publish.write_cog(folder / "mask.tif", read_mask, plan.bounds, plan.lattice, resampling="mode", block_px=block_px)
     publish.write_cog(
         folder / "probability.tif",
-        lambda window: read_probability(site, window),
+        lambda window: read_in_area(site, window),
         plan.bounds,
         plan.lattice,
         resampling="average",
@@ -281,6 +282,12 @@ def publish_all(
         notes=tuple(notes),
         stages=listener.stages,
     )
+
+
+def read_in_area(site: Site, window: Window) -> NDArray[np.uint8]:
+    """prob_HW of a window as it is published: what lies outside the area is invalid too."""
+    prob_HW, area = read_probability(site, window), site.plan.area
+    return prob_HW if area is None else np.where(area.inside(window), prob_HW, np.uint8(INVALID))
 
 
 def write_changes(
@@ -323,9 +330,10 @@ class _Sum:
 
 
 def _validity(site: Site, skipped: dict[int, str]) -> dict[str, int]:
-    """Pixels found invalid in the tiles, by reason."""
+    """Pixels found invalid in the tiles that were looked at, by reason."""
     reasons: Counter[str] = Counter()
-    for tile, it in enumerate(site.plan.tiles):
+    for tile in site.plan.tiles_seen():
+        it = site.plan.tiles[tile]
         if tile in skipped:
             reasons["tile skipped"] += it.window.pixels
         elif (entry := site.ledger.entry("scan", tile_unit(site.plan, tile))) is not None:
@@ -334,7 +342,7 @@ def _validity(site: Site, skipped: dict[int, str]) -> dict[str, int]:
 
 
 def batches_in_order(site: Site, homes: list[Block]) -> Iterator[pa.RecordBatch]:
-    """All buildings in the order of the lattice, ready to be published, in batches of at most BATCH_ROWS rows.
+    """All buildings that meet the area in the order of the lattice, in batches of at most BATCH_ROWS rows.
 
     At most the buildings of the blocks under one cell of the order are held.
     """
@@ -361,9 +369,11 @@ def batches_in_order(site: Site, homes: list[Block]) -> Iterator[pa.RecordBatch]
         parts = [
             _first_pixel_in(of_block(block), window)
             for block in window.intersect(plan.layout.grid).cells(plan.block_px)
-            if plan.tiles_in(plan.core(*block))
+            if plan.is_predicted(block)
         ]
         found = Buildings.concatenate(parts)
+        if plan.area is not None:
+            found = found.take(plan.area.meets(found.geometry))
         found = found.take(np.lexsort((found.key_col, found.key_row)))
         batch = publishable(found, plan.lattice)
         while len(batch):
@@ -405,7 +415,7 @@ def write_preview_and_report(config: CityConfig, plan: Plan, published: Publishe
     report.write_preview(
         preview,
         lambda window: _image(site, window, published.skipped.keys()),
-        lambda window: read_probability(site, window) != INVALID,
+        lambda window: read_in_area(site, window) != INVALID,
         plan.bounds,
         plan.lattice,
         published.geopackage,

@@ -10,7 +10,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from segpipe.tasks.grid import Window
 from segpipe.tasks.merge import merge
 from segpipe.tasks.predict import INVALID, predict_core, reach
 from segpipe.tasks.read import Tile, check_readable, read_window
-from segpipe.tasks.seams import Joins, collect
+from segpipe.tasks.seams import Joins, collect, cut_buildings
 from segpipe.tasks.seams import join as unite_pieces
 from segpipe.tasks.validity import scan_tile
 from segpipe.tasks.vectorize import (
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 Cell = tuple[int, int]
 """Absolute index (row, col) of a chunk or a block."""
 
-VERSIONS = {"scan": 1, "read": 1, "predict": 1, "vectorize": 1, "join": 1}
+VERSIONS = {"scan": 1, "read": 1, "predict": 1, "vectorize": 2, "join": 2}
 """Raised when a stage of a new version gives other bytes for the same input: what older ones did is then not done."""
 
 
@@ -156,10 +156,14 @@ def vectorize_key(plan: Plan, predicted: str) -> str:
     return key_of(VERSIONS["vectorize"], predicted, plan.vector)
 
 
-def join_key(joins: Joins, pieces: list[tuple[str, str]]) -> str:
-    """What joined buildings are made from: the fragments of their pieces, by unit and key, and what goes together."""
+def join_key(plan: Plan, joins: Joins, blocks: Sequence[Cell], pieces: list[tuple[str, str]]) -> str:
+    """What joined buildings are made from: the fragments of their pieces, by unit and key, and what goes together.
+
+    Then whether all around these blocks is predicted, which decides what is cut.
+    """
+    around = [plan.open_sides(block) for block in blocks]
     numbers = (joins.building - joins.building[0], joins.block, joins.label)
-    return key_of(VERSIONS["join"], pieces, [n.tolist() for n in numbers])
+    return key_of(VERSIONS["join"], pieces, [n.tolist() for n in numbers], around)
 
 
 def _expect_key(found: str, key: str, what: str) -> None:
@@ -335,13 +339,15 @@ def join(site: Site, row: int, col: int, key: str, joins: Joins, blocks: tuple[C
     start = time.perf_counter()
     plan, unit = site.plan, cell_unit(row, col)
     pieces = [(cell_unit(*block), key_in_ledger(site, "vectorize", block)) for block in blocks]
-    _expect_key(join_key(joins, pieces), key, f"joining at block {unit}")
+    _expect_key(join_key(plan, joins, blocks, pieces), key, f"joining at block {unit}")
 
     def read_border(number: int) -> Components:
         return border_from_bytes(read_fragment(site, *blocks[number]))
 
-    whole = unite_pieces(*collect(joins, read_border))
-    buildings = finish(whole, plan.vector, plan.lattice, lambda window: read_probability(site, window))
+    found, building = collect(joins, read_border)
+    whole = unite_pieces(found, building)
+    cut = cut_buildings(found, building, plan.block_px, plan.open_sides)
+    buildings = finish(whole, plan.vector, plan.lattice, lambda window: read_probability(site, window), cut)
     data = _to_ipc(buildings.to_arrow())
     path = joined_path(site.folder, row, col)
     site.begin("join", unit)
@@ -417,7 +423,7 @@ def read_image(site: Site, window: Window) -> NDArray[np.uint8]:
 def _merged(site: Site, stage: str, array: str, window: Window, fill: int) -> NDArray[np.uint8]:
     """A window of an array, put together from whole chunks, each compared with its checksum in the ledger."""
     plan = site.plan
-    chunks = plan.chunks_in(window)
+    chunks = plan.chunks_in(window) if stage == "read" else plan.predicted_chunks_in(window)
 
     def parts() -> Iterator[tuple[Window, NDArray[np.uint8]]]:
         damaged: list[RunError] = []

@@ -8,7 +8,7 @@ it until its polygon is wanted.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -165,6 +165,29 @@ def collect(joins: Joins, read_border: Callable[[int], Components]) -> tuple[Com
         for block, part in zip(blocks.tolist(), parts, strict=True)
     ]
     return Components.concatenate(pieces), joins.building[by_block].astype(np.int64)
+
+
+def cut_buildings(
+    pieces: Components,
+    building: NDArray[np.int64],
+    block_px: int,
+    open_sides: Callable[[tuple[int, int]], Collection[str]],
+) -> NDArray[np.bool_]:
+    """True for each building, in the order of their numbers, one of whose pieces touches an open side of its block.
+
+    block_px: side of a block; open_sides gives top, right, bottom, left, as far as they are open, by a block's index.
+    """
+    numbers, label = np.unique(building, return_inverse=True)
+    bounds = shapely.bounds(pieces.geometry).astype(np.int64)
+    blocks = bounds[:, [1, 0]] // block_px
+    cut = np.zeros(len(numbers), np.bool_)
+    for row, col in np.unique(blocks, axis=0).tolist():
+        here = (blocks == (row, col)).all(axis=1)
+        lines = {"left": col, "top": row, "right": col + 1, "bottom": row + 1}
+        for (side, line), edge in zip(lines.items(), bounds.T, strict=True):
+            if side in open_sides((row, col)):
+                cut[label[here & (edge == line * block_px)]] = True
+    return cut
 
 
 def join(pieces: Components, building: NDArray[np.int64]) -> Components:

@@ -87,7 +87,7 @@ class Components:
     @classmethod
     def empty(cls) -> Self:
         """No element."""
-        dtypes = {"geometry": np.object_, "pixel_m": np.float64}
+        dtypes = {"geometry": np.object_, "pixel_m": np.float64, "cut": np.bool_}
         return cls(*(np.zeros(0, dtypes.get(field.name, np.int64)) for field in fields(cls)))
 
     @classmethod
@@ -109,11 +109,12 @@ class Buildings(Components):
     """Finished buildings: geometry is simplified and its small holes are filled, pixels and prob_sum are the mask's.
 
     area_px: pixels with those of the filled holes, exact. pixel_m: side of a pixel on the ground at the building's
-    centre, in metres.
+    centre, in metres. cut: True where it goes on into imagery that was not predicted.
     """
 
     area_px: Int64s
     pixel_m: NDArray[np.float64]
+    cut: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -237,10 +238,12 @@ def finish(
     settings: VectorSettings,
     lattice: Lattice,
     read_prob: Callable[[Window], NDArray[np.uint8]],
+    cut: NDArray[np.bool_] | None = None,
 ) -> Buildings:
     """Whole components to buildings: small holes filled, then small buildings dropped, then outlines simplified.
 
-    read_prob gives prob_HW of a window inside the components' bounds, with 255 where nothing is stored.
+    read_prob gives prob_HW of a window inside the components' bounds, with 255 where nothing is stored. cut: True for
+    components that go on into imagery that was not predicted; None for none of them.
     """
     if not len(components):
         return Buildings.empty()
@@ -258,6 +261,7 @@ def finish(
         geometry=_simplify(geometry, settings.simplify_m / pixel_m, lattice) if settings.simplify_m else geometry,
         area_px=area_px[large],
         pixel_m=pixel_m,
+        cut=np.zeros(len(pixel_m), np.bool_) if cut is None else cut[large],
     )
 
 
@@ -384,8 +388,8 @@ def publishable(buildings: Buildings, lattice: Lattice) -> pa.RecordBatch:
     """What users get of buildings, in the same order.
 
     building_id: text, the first pixel's place on the lattice. area_m2: ground area of the published polygon, to the
-    cm². pixels: of the mask. confidence: mean probability of these, to 4 decimals. geometry: WKB in the lattice's CRS,
-    shells counterclockwise.
+    cm². pixels: of the mask. confidence: mean probability of these, to 4 decimals. cut: True where the building goes on
+    into imagery that was not predicted. geometry: WKB in the lattice's CRS, shells counterclockwise.
     """
     area_m2 = shapely.area(buildings.geometry) * buildings.pixel_m**2
     confidence = buildings.prob_sum / (FULL_U8 * buildings.pixels)
@@ -396,9 +400,10 @@ def publishable(buildings: Buildings, lattice: Lattice) -> pa.RecordBatch:
             pa.array(np.round(area_m2, 2), pa.float64()),
             pa.array(buildings.pixels),
             pa.array(np.round(confidence, 4), pa.float64()),
+            pa.array(buildings.cut, pa.bool_()),
             _to_wkb(geometry),
         ],
-        ["building_id", "area_m2", "pixels", "confidence", "geometry"],
+        ["building_id", "area_m2", "pixels", "confidence", "cut", "geometry"],
     )
 
 

@@ -37,6 +37,7 @@ def batch(places: list[tuple[int, int, int]], confidence: float = 0.5) -> pa.Rec
         "area_m2": side**2 * 0.09,
         "pixels": side**2,
         "confidence": np.full(len(row), confidence),
+        "cut": np.zeros(len(row), np.bool_),
         "geometry": shapely.to_wkb(shapely.box(col, -row - side, col + side, -row)),
     }
     return pa.record_batch([pa.array(columns[it.name], it.type) for it in publish.SCHEMA], schema=publish.SCHEMA)

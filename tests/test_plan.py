@@ -212,7 +212,8 @@ def test_a_disk_that_is_too_small_is_refused_with_both_numbers(city: City, monke
     usage = shutil.disk_usage(city.folder)._replace(free=3 * 2**20)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
     message = refusal(city)
-    needed = disk_bytes(plan_without_disk(city, monkeypatch).tiles, 3) / 2**30
+    plan = plan_without_disk(city, monkeypatch)
+    needed = disk_bytes(plan.tiles, 3, plan.layout.grid) / 2**30
     assert all(word in message for word in ("0.00 GiB free", f"expected {needed:.2f} GiB", "another `output:`"))
 
 

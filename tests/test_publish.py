@@ -45,6 +45,7 @@ def rows(numbers: np.ndarray, geometries: np.ndarray | None = None) -> pa.Record
         "area_m2": numbers * 0.09,
         "pixels": numbers,
         "confidence": 0.5 + numbers % 100 / 200,
+        "cut": numbers % 3 == 0,
         "geometry": shapely.to_wkb(geometries),
     }
     return pa.record_batch([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
@@ -109,7 +110,7 @@ def test_120_000_footprints_stream_to_the_file_in_order_and_unchanged(tmp_path: 
     expected = pa.Table.from_batches(list(batches())).to_pandas()
     assert written.features == len(frame) == 120_000
     assert tuple(frame.total_bounds) == written.bounds
-    for name in ("building_id", "area_m2", "pixels", "confidence"):
+    for name in ("building_id", "area_m2", "pixels", "confidence", "cut"):
         assert (frame[name] == expected[name]).all()
     assert (frame.geometry.to_wkb() == expected["geometry"]).all()
     assert CRS(frame.crs) == CRS(32645)
@@ -198,7 +199,7 @@ def test_a_city_without_buildings_is_an_empty_valid_layer(tmp_path: Path, batche
     written = write_geopackage(path, batches, WKT)
     info = pyogrio.read_info(path, layer="buildings")
     assert (written.features, written.bounds, info["features"]) == (0, None, 0)
-    assert list(info["fields"]) == ["building_id", "area_m2", "pixels", "confidence"]
+    assert list(info["fields"]) == ["building_id", "area_m2", "pixels", "confidence", "cut"]
     assert info["geometry_type"] == "Polygon"
     assert CRS(info["crs"]) == CRS(32645)
     assert rows_digest(path) == written.digest
@@ -212,7 +213,7 @@ def test_the_digest_does_not_depend_on_the_cut_into_batches_nor_on_byte_order(tm
     }
     batch = rows(numbers)
     big_endian = pa.array(shapely.to_wkb(shapely.from_wkb(batch.column("geometry")), byte_order=0), pa.binary())
-    batch = batch.set_column(4, SCHEMA.field("geometry"), big_endian)
+    batch = batch.set_column(5, SCHEMA.field("geometry"), big_endian)
     digests.add(write_geopackage(tmp_path / "big.gpkg", [batch], WKT).digest)
     assert len(digests) == 1
 
@@ -244,6 +245,7 @@ def test_the_digest_of_rows_survives_what_changes_the_file_only(tmp_path: Path, 
         "UPDATE buildings SET building_id = NULL WHERE fid = 7",
         "UPDATE buildings SET area_m2 = area_m2 + 1e-9 WHERE fid = 7",
         "UPDATE buildings SET pixels = NULL WHERE fid = 1",
+        "UPDATE buildings SET cut = NOT cut WHERE fid = 5",
         "DELETE FROM buildings WHERE fid = 20",
         "UPDATE buildings SET fid = 99 WHERE fid = 3",
         "ALTER TABLE buildings ADD COLUMN storeys INTEGER",

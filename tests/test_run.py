@@ -179,7 +179,7 @@ def test_no_building_holds_an_invalid_pixel_and_each_has_its_pixels(city: City) 
     folder = city.folder / "run"
     with rasterio.open(folder / "mask.tif") as dataset:
         mask, transform = dataset.read(1), dataset.transform
-    _, _, wkb, (ids, areas, pixels, confidence) = pyogrio.raw.read(folder / "buildings.gpkg")
+    _, _, wkb, (ids, areas, pixels, confidence, _) = pyogrio.raw.read(folder / "buildings.gpkg")
     burnt = rasterio.features.rasterize(
         zip(shapely.from_wkb(wkb), range(1, len(wkb) + 1), strict=True), mask.shape, transform=transform, dtype="int32"
     )

@@ -224,7 +224,14 @@ def test_published_geometry_area_and_confidence_are_those_of_the_building():
 def test_no_buildings_are_a_table_without_rows():
     none = Buildings.from_arrow(Buildings.empty().to_arrow())
     assert len(none) == 0
-    assert publishable(none, LATTICE).schema.names == ["building_id", "area_m2", "pixels", "confidence", "geometry"]
+    assert publishable(none, LATTICE).schema.names == [
+        "building_id",
+        "area_m2",
+        "pixels",
+        "confidence",
+        "cut",
+        "geometry",
+    ]
     assert len(Buildings.concatenate([])) == 0
 
 
