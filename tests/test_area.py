@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyogrio
 import pytest
 import rasterio
@@ -31,6 +32,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pyproj import CRS, Transformer
+from scipy.ndimage import binary_dilation, label
 
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.district import District, resolve_area
@@ -38,6 +40,7 @@ from segpipe.pipeline.manifest import nothing_changed
 from segpipe.pipeline.plan import describe, make_plan
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.grid import Lattice, Window
+from segpipe.tasks.vectorize import first_pixels
 
 MakeCity = Callable[..., City]
 
@@ -102,6 +105,25 @@ def units(folder: Path, stage: str) -> set[tuple[int, int]]:
     return {(int(row), int(col)) for row, col in found}
 
 
+def cut_by_pixels(folder: Path, wanted: set[Any], every: set[Any], names: set[str]) -> dict[str, bool]:
+    """Whether a building touches the pixels of a block with tiles that is not predicted, from the whole city's mask."""
+    frame = Window(*ORIGIN, HEIGHT, WIDTH)
+
+    def pixels_of(blocks: set[Any]) -> np.ndarray:
+        found = np.zeros(frame.shape_yx, np.bool_)
+        for block in blocks:
+            found[Window.cell(*block, BLOCK).intersect(frame).within(frame)] = True
+        return found
+
+    labels, _ = label((raster(folder / "mask.tif") == 1) & pixels_of(wanted))
+    beside = binary_dilation(pixels_of(every - wanted))
+    row, col = first_pixels(pa.array(sorted(names)))
+    own = labels[row - ORIGIN[0], col - ORIGIN[1]]
+    assert (own > 0).all()
+    cut = np.isin(own, labels[beside])
+    return dict(zip(sorted(names), cut.tolist(), strict=True))
+
+
 # The district as the whole city would map it
 
 
@@ -135,6 +157,7 @@ def test_a_district_is_a_part_of_the_whole_city_and_the_whole_city_goes_on_from_
     for name in meet - {*uncut}:
         assert any(row[-1].intersects(expected[name][-1]) for row in found.values() if row[-2]), name
     assert not any(row[-2] for row in expected.values())
+    assert {name: row[-2] for name, row in found.items()} == cut_by_pixels(folder / "run", wanted, every, {*found})
 
     # Rasters: the whole city's where it reaches, 255 elsewhere.
     frame = Window(*ORIGIN, HEIGHT, WIDTH)
