@@ -70,7 +70,8 @@ def geopackage(path: Path, boxes: list[tuple[int, int, int, int]]) -> Path:
     for row, col, row_stop, col_stop in boxes:
         xmin, ymin, xmax, ymax = LATTICE.bounds(Window.between(row, col, row_stop, col_stop))
         polygons.append(shapely.box(xmin, ymin, xmax, ymax))
-    values = ([f"b{n}" for n in range(len(boxes))], [1.0] * len(boxes), [4] * len(boxes), [0.5] * len(boxes))
+    count = len(boxes)
+    values = ([f"b{n}" for n in range(count)], [1.0] * count, [4] * count, [0.5] * count, [False] * count)
     arrays = [*values, shapely.to_wkb(np.array(polygons, dtype=object))]
     columns = [pa.array(array, field.type) for array, field in zip(arrays, SCHEMA, strict=True)]
     write_geopackage(path, [pa.record_batch(columns, schema=SCHEMA)], LATTICE.crs_wkt)
