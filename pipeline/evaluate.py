@@ -24,8 +24,8 @@ from rasterio.windows import Window as RasterWindow
 from segpipe.tasks.errors import RunError, UserError
 from segpipe.tasks.evaluate import Counts, count
 from segpipe.tasks.grid import Window
+from segpipe.tasks.predict import INVALID
 
-INVALID = 255
 WINDOW_PX = 4096
 LATTICE_TOLERANCE_PX = 1e-3
 

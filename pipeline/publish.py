@@ -32,6 +32,7 @@ from rasterio._err import CPLE_BaseError  # the base of what rasterio.shutil.cop
 
 from segpipe.tasks.errors import RunError
 from segpipe.tasks.grid import Lattice, Window
+from segpipe.tasks.predict import INVALID
 
 from . import changes
 
@@ -56,7 +57,6 @@ predicted, geometry as WKB in coordinates of the CRS."""
 PARTIAL = ".partial-segpipe"
 """Marks what is not finished: `mask.partial-segpipe.tif` beside `mask.tif`."""
 
-NODATA = 255
 TILE_PX = 512
 """Internal tiles of the COGs."""
 
@@ -538,7 +538,7 @@ def _write_flat(
 ) -> int:
     """Write a tiled GeoTIFF without overviews, part by part; returns the checksum of its pixels."""
     profile = {"driver": "GTiff", "dtype": "uint8", "count": 1, "height": window.height, "width": window.width}
-    profile |= {"crs": rasterio.crs.CRS.from_wkt(lattice.crs_wkt), "nodata": NODATA}
+    profile |= {"crs": rasterio.crs.CRS.from_wkt(lattice.crs_wkt), "nodata": INVALID}
     profile |= {"tiled": True, "blockxsize": TILE_PX, "blockysize": TILE_PX, "compress": "deflate", "zlevel": 1}
     profile |= {"sparse_ok": True, "bigtiff": "IF_SAFER", "interleave": "pixel"}
     checksum = 0
@@ -546,7 +546,7 @@ def _write_flat(
         for part in parts:
             pixels_HW = np.asarray(read(part), np.uint8).reshape(part.shape_yx)
             checksum = zlib.crc32(pixels_HW.tobytes(), checksum)
-            if (pixels_HW != NODATA).any():
+            if (pixels_HW != INVALID).any():
                 raster.write(pixels_HW, 1, window=_rasterio_window(part, window))
     return checksum
 

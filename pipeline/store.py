@@ -29,9 +29,7 @@ from zarr.codecs import BytesCodec, ZstdCodec
 
 from segpipe.tasks.errors import RunError, UserError
 from segpipe.tasks.grid import Lattice, Window
-
-INVALID = 255
-"""The value of an invalid pixel in `probability`."""
+from segpipe.tasks.predict import INVALID
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from .grid import Window
 
 INVALID = 255
+"""An invalid pixel, in probabilities and in the mask."""
 
 Predict = Callable[[NDArray[np.uint8], NDArray[np.bool_]], NDArray[np.uint8]]
 """image_CHW and valid_HW of a window to prob_HW."""

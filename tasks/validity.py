@@ -41,11 +41,6 @@ class Scan:
     invalid_px: int
     by_reason: dict[str, int]
 
-    @property
-    def any_invalid(self) -> bool:
-        """True if the tile has an invalid pixel."""
-        return self.invalid_px > 0
-
 
 @dataclass(frozen=True)
 class Collar:

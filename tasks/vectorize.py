@@ -154,7 +154,7 @@ def vectorize_block(prob_HW: NDArray[np.uint8], window: Window, lattice: Lattice
     if prob_HW.shape != window.shape_yx:
         raise ValueError(f"probabilities of shape {prob_HW.shape}: expected {window.shape_yx}, the window's")
     mask_HW = mask_of(prob_HW, settings.threshold_u8)
-    runs, components = _components_of(mask_HW, prob_HW, window.row_off, window.col_off)
+    runs, components = polygonize(mask_HW, prob_HW, window.row_off, window.col_off)
     touches = _touches_side(runs, window)
     border = components.take(touches)
     number = np.where(touches, np.cumsum(touches), 0).astype(np.int32)
@@ -176,14 +176,10 @@ def mask_of(prob_HW: NDArray[np.uint8], threshold_u8: int) -> NDArray[np.bool_]:
     return mask_HW
 
 
-def polygonize(mask_HW: NDArray[np.bool_], prob_HW: NDArray[np.uint8], row_off: int, col_off: int) -> Components:
-    """4-connected components of a mask whose upper left pixel is (row_off, col_off), in the order of first pixels."""
-    return _components_of(mask_HW, prob_HW, row_off, col_off)[1]
-
-
-def _components_of(
+def polygonize(
     mask_HW: NDArray[np.bool_], prob_HW: NDArray[np.uint8], row_off: int, col_off: int
 ) -> tuple[Runs, Components]:
+    """Runs, and 4-connected components in the order of first pixels, of a mask with this upper left pixel."""
     runs, segments = find_runs(mask_HW)
     if not runs.regions:
         return runs, Components.empty()
@@ -445,17 +441,6 @@ def fragment_to_bytes(fragment: Fragment) -> bytes:
     return data
 
 
-def fragment_from_bytes(data: bytes | pa.Buffer) -> Fragment:
-    """The inverse of fragment_to_bytes; a pyarrow Buffer over a mapped file will do."""
-    row = _read_row(data, "")
-    return Fragment(
-        _sides_of(row),
-        Buildings.from_arrow(_batch_of(row, "finished_")),
-        Components.from_arrow(_batch_of(row, "border_")),
-        **{name: row.column(name)[0].as_py() for name in _COUNTS},
-    )
-
-
 def sides_from_bytes(data: bytes | pa.Buffer) -> Sides:
     """The sides of a stored fragment alone: no polygon is read."""
     return _sides_of(_read_row(data, "window_", "side_", "border_key_"))
@@ -469,12 +454,6 @@ def border_from_bytes(data: bytes | pa.Buffer) -> Components:
 def finished_from_bytes(data: bytes | pa.Buffer) -> Buildings:
     """The finished buildings of a stored fragment."""
     return Buildings.from_arrow(_batch_of(_read_row(data, "finished_"), "finished_"))
-
-
-def counts_from_bytes(data: bytes | pa.Buffer) -> dict[str, int]:
-    """valid_pixels, invalid_pixels and mask_pixels of a stored fragment."""
-    row = _read_row(data, *_COUNTS)
-    return {name: row.column(name)[0].as_py() for name in _COUNTS}
 
 
 _WINDOW = ("row_off", "col_off", "height", "width")

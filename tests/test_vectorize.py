@@ -15,10 +15,8 @@ from segpipe.tasks.vectorize import (
     VectorSettings,
     border_from_bytes,
     building_ids,
-    counts_from_bytes,
     finish,
     finished_from_bytes,
-    fragment_from_bytes,
     fragment_to_bytes,
     mask_of,
     polygonize,
@@ -32,7 +30,7 @@ PIXEL_M2 = 0.09
 
 
 def components_of(prob, window):
-    return polygonize(mask_of(prob, THRESHOLD), prob, window.row_off, window.col_off)
+    return polygonize(mask_of(prob, THRESHOLD), prob, window.row_off, window.col_off)[1]
 
 
 def finished(prob, window, chosen):
@@ -172,13 +170,9 @@ def test_a_stored_fragment_is_the_fragment(city):
     prob, window, _ = city
     fragment = vectorize_block(prob, window, LATTICE, VectorSettings(THRESHOLD, 1, 1, 0.3))
     data = fragment_to_bytes(fragment)
-    again = fragment_from_bytes(data)
-    assert fragment_to_bytes(again) == data == fragment_to_bytes(vectorize_block(prob, window, LATTICE, VectorSettings(
-        THRESHOLD, 1, 1, 0.3)))  # fmt: skip
-    assert again.finished.to_arrow().equals(fragment.finished.to_arrow())
+    assert data == fragment_to_bytes(vectorize_block(prob, window, LATTICE, VectorSettings(THRESHOLD, 1, 1, 0.3)))
     assert finished_from_bytes(data).to_arrow().equals(fragment.finished.to_arrow())
     assert border_from_bytes(data).to_arrow().equals(fragment.border.to_arrow())
-    assert counts_from_bytes(data)["mask_pixels"] == again.mask_pixels == fragment.mask_pixels
     sides = sides_from_bytes(data)
     assert sides.window == window
     for name in ("top", "right", "bottom", "left", "key_row", "key_col"):
