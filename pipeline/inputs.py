@@ -204,12 +204,19 @@ def stamps(paths: Sequence[str]) -> dict[str, list[str | int]]:
     if remote:
         from concurrent.futures import ThreadPoolExecutor
 
-        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        silent: list[UnreachableError] = []
+
+        def ask(path: str) -> list[str | int]:
             try:
-                found |= zip(remote, pool.map(stamp, remote), strict=True)
+                return [] if silent else stamp(path)
             except UnreachableError as error:
-                pool.shutdown(cancel_futures=True)
-                raise UserError(f"images: {error}") from None
+                silent.append(error)
+                return []
+
+        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+            found |= zip(remote, pool.map(ask, remote), strict=True)
+        if silent:
+            raise UserError(f"images: {silent[0]}")
     return {path: found[path] for path in paths}
 
 

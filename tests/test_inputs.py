@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import City, draw_blobs, map_it, outputs, write_tile
+from conftest import ORIGIN, City, draw_blobs, map_it, outputs, stages_since, tasks_done, write_tile
+from servers import serving
 
-from segpipe.pipeline.config import CityConfig
+from segpipe.pipeline.config import CityConfig, load_city
 from segpipe.pipeline.inputs import find_images, stamp
+from segpipe.pipeline.manifest import nothing_changed
 from segpipe.tasks.errors import UserError
 
 PUBLISHED = ("mask.tif", "probability.tif", "preview.png")
@@ -221,6 +223,62 @@ def test_what_is_no_vrt_is_refused_in_one_line(tmp_path: Path, text: str) -> Non
     write_vrt(tmp_path / "city.vrt", source(""))
     with pytest.raises(UserError, match="an empty SourceFilename"):
         images(tmp_path, "city.vrt")
+
+
+def test_remote_sources_of_a_vrt_are_urls_and_a_vrt_may_be_behind_one(tmp_path: Path) -> None:
+    absolute = [
+        source(name).replace('relativeToVRT="1"', 'relativeToVRT="0"')
+        for name in ("/vsicurl/https://host/a.tif", "/vsis3/bucket/sub/b.tif", "https://host/c%20d.tif")
+    ]
+    write_vrt(tmp_path / "city.vrt", *absolute)
+    expected = ("https://host/a.tif", "s3://bucket/sub/b.tif", "https://host/c%20d.tif")
+    assert find_images(("city.vrt",), tmp_path) == expected
+    write_vrt(tmp_path / "sub.vrt", source("tiles/e.tif"), *absolute)
+    with serving(tmp_path) as server:
+        found = find_images((server.url("sub.vrt"),), tmp_path)
+    assert found == (server.url("tiles/e.tif"), *expected)
+    write_vrt(tmp_path / "city.vrt", source("/vsizip/a.zip/b.tif"))
+    with pytest.raises(UserError, match=r"city\.vrt: /vsizip/a\.zip/b\.tif: /vsizip/ cannot be read"):
+        images(tmp_path, "city.vrt")
+
+
+def test_a_changed_source_of_a_vrt_is_noticed_and_only_it_is_looked_at_again(city: City, in_process: type) -> None:
+    names = ("tiles/tile1.tif", "tiles/tile2.tif")
+    write_vrt(city.folder / "city.vrt", source(names[0]), source(names[1]))
+    map_it(city.config, "images=city.vrt")
+    assert nothing_changed(load_city(city.config, ["images=city.vrt"])) is not None
+    before = tasks_done(city.folder / "run")
+    write_tile(city.folder / names[1], 255 - city.image_CHW[:, :, 144:], ORIGIN[0], ORIGIN[1] + 144)
+    assert nothing_changed(load_city(city.config, ["images=city.vrt"])) is None
+    map_it(city.config, "images=city.vrt")
+    assert stages_since(city.folder / "run", before)["scan"] == 1
+    map_it(city.config, "output=plain")
+    assert outputs(city.folder / "run") == outputs(city.folder / "plain")
+
+
+# Formats
+
+
+@pytest.mark.parametrize(("name", "kind"), [("b.ecw", "ECW"), ("b.ECW", "ECW"), ("b.sid", "MrSID")])
+@pytest.mark.parametrize("pattern", ["tiles", "tiles/*", "tiles/b.*"])
+def test_ecw_and_mrsid_are_refused_with_the_command_that_converts_them(
+    tmp_path: Path, name: str, kind: str, pattern: str
+) -> None:
+    touch(tmp_path, f"tiles/{name}", "tiles/a.tif")
+    with pytest.raises(UserError, match=f"images: {tmp_path}/tiles/{name}: {kind}") as refused:
+        images(tmp_path, pattern)
+    assert str(refused.value).endswith(
+        f"gdal_translate -co TILED=YES -co COMPRESS=DEFLATE -co BIGTIFF=IF_SAFER {name} b.tif"
+    )
+    assert images(tmp_path, "tiles/*.tif") == ["tiles/a.tif"]
+
+
+def test_of_many_ecw_tiles_one_is_named_and_the_others_are_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "tiles/2.ecw", "tiles/10.ecw", "tiles/11.sid", "tiles/12.tif")
+    with pytest.raises(UserError, match=r"tiles/2\.ecw \(and 2 more\): ECW"):
+        images(tmp_path, "tiles")
+    with pytest.raises(UserError, match=r"https://host/a\.sid: MrSID"):
+        images(tmp_path, "https://host/a.sid")
 
 
 # Stamps
