@@ -114,7 +114,10 @@ def resolve_bundle(name_or_path: str, base_dir: Path) -> Path:
 
     Raises BundleError that names the path tried and the names known.
     """
-    path = base_dir / Path(name_or_path).expanduser()
+    try:
+        path = base_dir / Path(name_or_path).expanduser()
+    except RuntimeError:
+        raise BundleError(f"model {name_or_path!r}: names a home folder that is not there") from None
     if path.is_file():
         return path
     named = {bundle.stem: bundle for bundle in packaged_bundles()}

@@ -24,7 +24,8 @@ from segpipe.tasks.validity import min_pixels, scan_tile
 
 from .config import AreaConfig, TrainConfig
 from .inputs import find_images
-from .plan import ground_pixel_m, key_of, place_lattice, place_tile, read_headers
+from .place import misfit, place_tiles, tile_crs
+from .plan import ground_pixel_m, key_of, make_tile, read_headers
 from .store import Layout, Ledger, Store, prepare_store
 
 CHUNK_PX = 512
@@ -90,10 +91,25 @@ def plan_area(config: TrainConfig, area: AreaConfig, folder: Path) -> AreaPlan:
                 f"{header.path}: {header.bands} bands of {header.dtype}; expected uint8 and band {max(config.bands)}"
             )
     label_headers = () if footprints else read_headers(labels, skip=False)[0]
-    lattice = place_lattice([*headers, *label_headers], None)
-    tiles = tuple(place_tile(header, lattice, config.bands, area.nodata, "auto") for header in headers)
+    both = (*headers, *label_headers)
+    placement = place_tiles(both)
+    for header, place in zip(both, placement.places, strict=True):
+        if place.mosaic is not None:
+            why = misfit(header, tile_crs(header, None), placement.lattice)
+            raise UserError(
+                f"{header.path}: {why}; expected images and labels of an area on the same pixels; cure: gdalwarp with"
+                " one -t_srs, -tr and -tap on all of them"
+            )
+    tiles = tuple(
+        make_tile(header, place, config.bands, area.nodata, "auto")
+        for header, place in zip(headers, placement.places, strict=False)
+    )
     # A mask's own nodata value is ignored: it is often 0, which here is a label. Its alpha band counts.
-    label_tiles = tuple(place_tile(header, lattice, (1,), (), 0.0) for header in label_headers)
+    label_tiles = tuple(
+        make_tile(header, place, (1,), (), 0.0)
+        for header, place in zip(label_headers, placement.places[len(headers) :], strict=True)
+    )
+    lattice = placement.lattice
     bounds = tiles[0].window
     for tile in tiles[1:]:
         bounds = bounds.union(tile.window)

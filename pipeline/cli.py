@@ -186,6 +186,22 @@ def evaluate(run: Path, truth: Path, debug: bool) -> None:
 
 
 @main.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--to", "target", type=YAML_FILE, default="city.yaml", show_default=True, help="The file to write.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key that goes into the file as it is.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def init(folder: Path, target: Path, overrides: tuple[str, ...], debug: bool) -> None:
+    """Look at the tiles in a FOLDER and write a commented city.yaml for them, with a picture beside it."""
+    with _told(debug):
+        from .init import write_city_yaml
+        from .plan import describe
+
+        for label, text in describe(write_city_yaml(folder, target, overrides)):
+            click.echo(f"{label:>10}  {text}")
+        click.echo(f"wrote {target} and {target.with_suffix('.png')}; to map the city: segpipe run '{target}'")
+
+
+@main.command()
 @click.argument("directory", type=FOLDER)
 @click.option("--seed", default=7, show_default=True, help="Another seed, another city.")
 @click.option("--run", "run_it", is_flag=True, help="Map the city too, and compare the result with its truth.")

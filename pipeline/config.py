@@ -50,6 +50,12 @@ BandNumbers = Annotated[
     BeforeValidator(_as_tuple),
     Field(min_length=1, description="a list of band numbers from 1, such as [1, 2, 3]"),
 ]
+BandNames = Annotated[
+    tuple[PositiveInt | Text, ...],
+    BeforeValidator(_as_tuple),
+    Field(min_length=1, description="a list of band numbers from 1, such as [1, 2, 3], or of colours"),
+]
+Limits = Annotated[tuple[float, float], BeforeValidator(_as_tuple)]
 Bounds = Annotated[tuple[float, float, float, float], BeforeValidator(_as_tuple)]
 NODATA = "null, a number, or a list of numbers such as [0, 255]"
 
@@ -61,12 +67,13 @@ class _Section(BaseModel):
 
 
 class GridConfig(_Section):
-    """The lattice and how it is cut."""
+    """The lattice and how it is cut. crs null: of most tiles; resolution_m null: theirs, or the model's if coarser."""
 
-    crs: None = Field(None, description="null")
+    crs: str | None = Field(None, description="null, or a projected CRS such as EPSG:32633")
     chunk_px: int = Field(1024, ge=64, le=8192, description="a whole number of pixels from 64 to 8192")
     block_px: PositiveInt | Auto = Field("auto", description="auto, or a whole number of pixels such as 2048")
-    resolution_m: None = Field(None, description="null")
+    resolution_m: float | None = Field(None, gt=0, description="null, or ground metres of a pixel such as 0.3")
+    sparse: bool = Field(False, description="true or false")
     area: PathText | Bounds | None = Field(
         None, description="null, a vector file such as district.gpkg, or [xmin, ymin, xmax, ymax]"
     )
@@ -147,7 +154,8 @@ class CityConfig(_Job):
     asset: Text | None = Field(None, description="null, or the name of an asset of STAC items such as visual")
     model: PathText = Field(description="the file of a model bundle, or the name of one in the package")
     output: PathText = Field(description="a folder such as runs/vienna")
-    bands: BandNumbers = (1, 2, 3)
+    bands: BandNames = (1, 2, 3)
+    scale: Limits | Auto | None = Field(None, description="null, auto, or two sample values such as [0, 2047]")
     images_crs: Text | None = Field(None, description="null, or a coordinate system such as EPSG:32633")
     nodata: Numbers | None = Field(None, description=NODATA)
     nodata_tolerance: NotNegative | Auto = Field("auto", description="auto, or a number from 0 on such as 12")

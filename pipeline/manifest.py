@@ -179,16 +179,17 @@ def _geopackages(folder: Path) -> list[Path]:
 def check_folder_is_ours(folder: Path, config: Path | None = None) -> None:
     """UserError where a run would write over somebody's own files in its output folder.
 
-    That is where one of them has a name that a run publishes under and no run has left a trace there, or where the
-    YAML file itself (config) is in the place of the resolved one.
+    That is where no run has left a trace there and one of them has a name that a run publishes under, or the YAML
+    file itself (config) is in the place of the resolved one.
     """
+    ours = any((folder / name).exists() for name in TRACES) or "state" in _read(folder)
+    if ours:
+        return
     if config is not None and (folder / "city.yaml").resolve() == config.resolve():
         raise UserError(
             f"output: {folder} holds {config.name} itself, and a run writes the resolved one there; expected another"
             " folder; cure: `output: run`"
         )
-    if any((folder / name).exists() for name in TRACES) or "state" in _read(folder):
-        return
     foreign = [name for name in REPLACED if os.path.lexists(folder / name)]
     if foreign:
         raise UserError(

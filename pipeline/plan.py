@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -17,24 +19,25 @@ import psutil
 import shapely
 from affine import Affine
 from pyproj import CRS
-from pyproj.exceptions import CRSError
 
 from segpipe.models.weights import BundleError, Card, file_digest, read_card, resolve_bundle
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.grid import Lattice, Window
+from segpipe.tasks.grid import ground_pixel_m as pixel_m_of_raster
+from segpipe.tasks.mosaic import Mosaic
 from segpipe.tasks.predict import reach
-from segpipe.tasks.read import Tile, TileHeader, read_header
-from segpipe.tasks.validity import min_pixels, resolve_tolerance
+from segpipe.tasks.read import Tile, TileHeader, read_header, resolve_bands
+from segpipe.tasks.scale import Scale, percentile_scale, sample_values
+from segpipe.tasks.validity import min_pixels, resolve_speckle_tolerance, resolve_tolerance
 from segpipe.tasks.vectorize import VectorSettings
 
 from .config import CityConfig, ClusterConfig
 from .district import District, resolve_area
-from .inputs import find_images
+from .inputs import ASKED_AT_ONCE, find_images
 from .manifest import check_folder_is_ours
+from .place import Placed, check_scattered, crs_name, ground_m, place_tiles, settled_mosaics, tile_crs
 from .store import Layout
 
-TOLERANCE_PX = 1e-3
-"""How far a tile's corners may lie off the lattice, in pixels."""
 LARGEST_AUTO_BLOCK_PX = 4096
 LARGEST_AUTO_HALO_PX = 320
 FILLED = 0.9
@@ -93,8 +96,24 @@ class Plan:
     """Token of the lock under which tasks may write; an empty text: nobody asks."""
 
     def settled(self) -> dict[str, Any]:
-        """What this run has settled for all later ones in its folder: the lattice, the block size and the threads."""
-        return {"lattice": asdict(self.lattice), "block_px": self.block_px, "threads": self.recipe.threads}
+        """What this run has settled for all later ones in its folder."""
+        return {
+            "lattice": asdict(self.lattice),
+            "mosaics": settled_mosaics(self.mosaics),
+            "scale": None if self.scale is None else [self.scale.low, self.scale.high],
+            "block_px": self.block_px,
+            "threads": self.recipe.threads,
+        }
+
+    @property
+    def scale(self) -> Scale | None:
+        """How samples become 8 bits, in all tiles alike; None: they are."""
+        return self.tiles[0].scale
+
+    @property
+    def mosaics(self) -> tuple[Mosaic, ...]:
+        """Grids of the tiles that are warped, in the order of their first tiles."""
+        return tuple(dict.fromkeys(tile.mosaic for tile in self.tiles if tile.mosaic is not None))
 
     @property
     def lattice(self) -> Lattice:
@@ -180,11 +199,16 @@ class Plan:
     def tiles_in(self, window: Window) -> list[int]:
         """Indices of the tiles that a window meets, in the order of the list."""
         found = self._index.query(_box(window))
-        return sorted(int(i) for i in found if self.tiles[i].window.intersect(window).pixels)
+        return sorted(int(i) for i in found if self.tiles[i].cover.intersect(window).pixels)
 
     def min_nodata_pixels(self, tile: int) -> int:
         """The least pixels of a nodata patch, at the tile's own ground resolution."""
-        return min_pixels(self.nodata_min_m2, ground_pixel_m(self.lattice, self.tiles[tile].window) ** 2)
+        return min_pixels(self.nodata_min_m2, self.tile_pixel_m(tile) ** 2)
+
+    def tile_pixel_m(self, tile: int) -> float:
+        """Ground metres of a tile's own pixel, at its centre."""
+        it = self.tiles[tile]
+        return ground_pixel_m(self.lattice, it.window) if it.mosaic is None else _ground_m_of(it.mosaic, it.window)
 
     def _cells(self, step: int, near: Window) -> Iterator[tuple[int, int]]:
         """Cells that meet a tile and a window, row by row."""
@@ -192,13 +216,13 @@ class Plan:
         for row in range(grid.row_off // step, -(-grid.row_stop // step)):
             strip = Window(row * step, grid.col_off, step, grid.width)
             cols = {
-                col for tile in self.tiles_in(strip) for _, col in self.tiles[tile].window.intersect(strip).cells(step)
+                col for tile in self.tiles_in(strip) for _, col in self.tiles[tile].cover.intersect(strip).cells(step)
             }
             yield from ((row, col) for col in sorted(cols))
 
     @cached_property
     def _index(self) -> shapely.STRtree:
-        return shapely.STRtree([_box(tile.window) for tile in self.tiles])
+        return shapely.STRtree([_box(tile.cover) for tile in self.tiles])
 
 
 def _seen(grid: Window, area: District | None, recipe: Recipe, stride: int) -> Window:
@@ -210,6 +234,12 @@ def _seen(grid: Window, area: District | None, recipe: Recipe, stride: int) -> W
 
 def _box(window: Window) -> shapely.Polygon:
     return shapely.box(window.col_off, window.row_off, window.col_stop, window.row_stop)
+
+
+def _ground_m_of(mosaic: Mosaic, window: Window) -> float:
+    row, col = window.row_off + window.height / 2, window.col_off + window.width / 2
+    place = Affine(*mosaic.transform)
+    return float(pixel_m_of_raster(mosaic.crs_wkt, place, np.array([row]), np.array([col]))[0])
 
 
 def ground_pixel_m(lattice: Lattice, window: Window) -> float:
@@ -230,18 +260,24 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None) -> Plan:
     card = _card(model)
     headers, left_out = read_headers(find_images(config.images, config), skip=config.on_tile_error == "skip")
     _check_bands(config, headers, card)
-    lattice = place_lattice(headers, config.images_crs, stored.get("lattice"))
-    tiles = tuple(
-        place_tile(header, lattice, config.bands, config.nodata, config.nodata_tolerance) for header in headers
+    _check_resolution(config, headers, card)
+    placement = place_tiles(
+        headers, config.images_crs, config.grid.crs, config.grid.resolution_m, card.resolution_m, stored
     )
-    _check_resolution(headers, tiles, lattice, card)
-    bounds = tiles[0].window
-    for tile in tiles[1:]:
-        bounds = bounds.union(tile.window)
+    if not config.grid.sparse:
+        check_scattered(headers, placement)
+    lattice = placement.lattice
+    tiles = tuple(
+        make_tile(header, place, resolve_bands(config.bands, header), config.nodata, config.nodata_tolerance)
+        for header, place in zip(headers, placement.places, strict=True)
+    )
+    scale = resolve_scale(config, tiles, stored.get("scale"))
+    tiles = tuple(replace(tile, scale=scale) for tile in tiles)
+    bounds = placement.bounds
     layout = Layout(lattice, bounds.snap(config.grid.chunk_px), config.grid.chunk_px, len(config.bands))
     workers = resolve_workers(config.cluster, stored.get("threads"))
     halo_px, notes = _resolve_halo(config, card)
-    area = resolve_area(config.area, lattice, [tile.window for tile in tiles])
+    area = resolve_area(config.area, lattice, [tile.cover for tile in tiles])
     recipe, task_bytes = _resolve_recipe(config, card, halo_px, layout, workers, stored.get("block_px"))
     _check_disk(output, tiles, len(config.bands), _seen(layout.grid, area, recipe, card.stride))
     threshold = config.vectorize.threshold if config.vectorize.threshold is not None else card.threshold
@@ -278,21 +314,29 @@ def read_headers(paths: Sequence[str], skip: bool) -> tuple[tuple[TileHeader, ..
     """
     headers: list[TileHeader] = []
     left_out: dict[str, str] = {}
-    for path in paths:
-        try:
-            header = read_header(str(path))
-            if header.missing_bytes:
-                raise UserError(
-                    f"{path}: truncated, {header.missing_bytes:,} bytes are missing at its end; expected a whole file;"
-                    " cure: copy it again, or `on_tile_error: skip`"
-                )
-        except UserError as error:
-            if not skip or len(left_out) == len(paths) - 1:
-                raise
-            left_out[str(path)] = str(error)
-        else:
-            headers.append(header)
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        for path, found in zip(paths, pool.map(_whole_header, paths), strict=True):
+            if isinstance(found, TileHeader):
+                headers.append(found)
+            elif skip and len(left_out) < len(paths) - 1:
+                left_out[path] = str(found)
+            else:
+                pool.shutdown(cancel_futures=True)
+                raise found
     return tuple(headers), left_out
+
+
+def _whole_header(path: str) -> TileHeader | UserError:
+    try:
+        header = read_header(path)
+    except UserError as error:
+        return error
+    if header.missing_bytes:
+        return UserError(
+            f"{path}: truncated, {header.missing_bytes:,} bytes are missing at its end; expected a whole file;"
+            " cure: copy it again, or `on_tile_error: skip`"
+        )
+    return header
 
 
 def check_output(path: Path) -> Path:
@@ -320,110 +364,28 @@ def _card(model: Path) -> Card:
         raise UserError(f"model: {error}") from None
 
 
-def place_lattice(
-    headers: Sequence[TileHeader], images_crs: str | None, stored: dict[str, Any] | None = None
-) -> Lattice:
-    """The lattice that all tiles share; its phase is the first tile's, or the stored one of the first run.
-
-    Refuses tiles without CRS, of different CRSs, in degrees, rotated, or of different pixel sizes.
-    """
-    first = headers[0]
-    crs = _tile_crs(first, images_crs)
-    for header in headers[1:]:
-        other = _tile_crs(header, images_crs)
-        if other != crs:
-            raise UserError(
-                f"{header.path}: CRS {_crs_name(other)}, but {first.path} has {_crs_name(crs)}; expected one CRS;"
-                f" cure: gdalwarp -t_srs {_crs_name(crs)}, or leave the tile out of `images:`"
-            )
-    if not crs.is_projected:
-        zone = _utm(headers, crs)
-        raise UserError(
-            f"{first.path}: CRS {_crs_name(crs)} is not in metres; expected a projected one;"
-            f" cure: gdalwarp -t_srs {zone} -r bilinear, tile by tile, and name the results in `images:`"
-        )
-    size = first.transform[0]
-    for header in headers:
-        a, b, _, d, e, _ = header.transform
-        if b or d or e >= 0 or abs(a + e) > 1e-9 * a:
-            raise UserError(
-                f"{header.path}: pixels of {a} x {e} with rotation {b}, {d}; expected square ones, north up;"
-                " cure: gdalwarp without further options"
-            )
-        if abs(a - size) * max(header.width, header.height) > TOLERANCE_PX * size:
-            raise UserError(
-                f"{header.path}: {a:g} per pixel, but {first.path} has {size:g}; expected one resolution;"
-                f" cure: gdalwarp -tr {size:g} {size:g} -r average, or leave the tile out of `images:`"
-            )
-    if stored is not None:
-        known = Lattice(stored["crs_wkt"], stored["pixel_size"], stored["phase_x"], stored["phase_y"])
-        # Stored whole, its wording too: a tile that comes first and says the same in other digits re-keys nothing.
-        longest = max(max(header.width, header.height) for header in headers)
-        if CRS.from_wkt(known.crs_wkt) == crs and abs(known.pixel_size - size) * longest <= TOLERANCE_PX * size:
-            return known
-    return Lattice(crs.to_wkt(), size, _phase(first.transform[2], size), _phase(first.transform[5], size))
-
-
-def _phase(origin: float, size: float) -> float:
-    """Where in a pixel of the absolute lattice an origin lies, rounded to about a millionth of the pixel.
-
-    What is left of a division of large coordinates differs from tile to tile in its last digits, and around zero by a
-    whole pixel: the lattice must not depend on which tile comes first.
-    """
-    digits = 6 - math.floor(math.log10(size))
-    phase = round(origin % size, digits)
-    return 0.0 if size - phase < 2 * 10.0**-digits else phase
-
-
-def _tile_crs(header: TileHeader, images_crs: str | None) -> CRS:
-    text = header.crs_wkt or images_crs
-    if text is None:
-        raise UserError(
-            f"{header.path}: no CRS; expected one in the file; cure: `images_crs: EPSG:…` in the YAML,"
-            " if you know which one it is"
-        )
-    try:
-        return CRS.from_user_input(text)
-    except CRSError:
-        raise UserError(f"images_crs: {text} is not a CRS; expected for example EPSG:32633") from None
-
-
-def _crs_name(crs: CRS) -> str:
-    authority = crs.to_authority()
-    return ":".join(authority) if authority else str(crs.name)
-
-
-def _utm(headers: Sequence[TileHeader], crs: CRS) -> str:
-    corner = Affine(*headers[0].transform) * (headers[0].width / 2, headers[0].height / 2)
-    if not crs.is_geographic or not (-180 <= corner[0] <= 180 and -80 <= corner[1] <= 84):
-        return "EPSG:…"
-    return f"EPSG:{(32600 if corner[1] >= 0 else 32700) + int((corner[0] + 180) // 6) % 60 + 1}"
-
-
-def place_tile(
+def make_tile(
     header: TileHeader,
-    lattice: Lattice,
+    place: Placed,
     bands: tuple[int, ...],
     nodata: tuple[float, ...] | None,
     tolerance: float | str,
+    scale: Scale | None = None,
 ) -> Tile:
-    """A tile's place on the lattice. Refuses one that lies off it by more than 1/1000 px."""
-    size = lattice.pixel_size
-    col, row = (header.transform[2] - lattice.phase_x) / size, (lattice.phase_y - header.transform[5]) / size
-    off = max(abs(col - round(col)), abs(row - round(row)))
-    if off > TOLERANCE_PX:
-        raise UserError(
-            f"{header.path}: lies {off:.3f} px off the lattice of the first tile; expected at most {TOLERANCE_PX};"
-            f" cure: gdalwarp -tap -tr {size:g} {size:g} on all tiles, or leave this one out of `images:`"
-        )
+    """A tile at its place, with the rule for its invalid pixels; nodata None: the value that the file declares."""
+    setting: Literal["auto"] | float = "auto" if tolerance == "auto" else float(tolerance)
     own = () if header.nodata is None else (header.nodata,)
     return Tile(
         path=header.path,
-        window=Window(round(row), round(col), header.height, header.width),
+        window=place.window,
         bands=bands,
         nodata=own if nodata is None else nodata,
-        tolerance=resolve_tolerance("auto" if tolerance == "auto" else float(tolerance), header),
+        tolerance=resolve_tolerance(setting, header),
+        speckle_tolerance=resolve_speckle_tolerance(setting, header),
         mask=header.mask,
+        scale=scale,
+        mosaic=place.mosaic,
+        warped_cover=place.cover,
     )
 
 
@@ -440,22 +402,44 @@ def _check_bands(config: CityConfig, headers: Sequence[TileHeader], card: Card) 
                 f"{header.path}: {header.bands} bands, but {first.path} has {first.bands}; expected tiles of one kind;"
                 " cure: gdal_translate -b 1 -b 2 -b 3, or leave the tile out of `images:`"
             )
-        if max(config.bands) > header.bands:
+        if header.dtype != first.dtype:
             raise UserError(
-                f"{header.path}: {header.bands} bands; expected band {max(config.bands)} too, which `bands:"
-                f" {list(config.bands)}` names; cure: `bands: {list(range(1, header.bands + 1))}` and a model for them"
+                f"{header.path}: samples of type {header.dtype}, but {first.path} has {first.dtype}; expected tiles of"
+                " one kind; cure: gdal_translate -ot, or leave the tile out of `images:`"
             )
-        if header.dtype != card.dtype:
+        if header.dtype.startswith("complex"):
+            raise UserError(f"{header.path}: samples of type {header.dtype}; expected numbers that are not complex")
+        if header.dtype != card.dtype and config.scale is None:
             raise UserError(
                 f"{header.path}: samples of type {header.dtype}; expected {card.dtype}, which the model was trained on;"
-                " cure: gdal_translate -ot Byte -scale"
+                " cure: `scale: auto`, or `scale: [low, high]` with the samples that are to be black and white"
             )
 
 
-def _check_resolution(headers: Sequence[TileHeader], tiles: Sequence[Tile], lattice: Lattice, card: Card) -> None:
+def resolve_scale(config: CityConfig, tiles: Sequence[Tile], stored: Sequence[float] | None) -> Scale | None:
+    """How samples become 8 bits: the pair of the YAML, or what the first run found in the whole city and has stored."""
+    if config.scale is None:
+        return None
+    if config.scale != "auto":
+        low, high = config.scale
+        if low >= high:
+            raise UserError(f"scale: [{low:g}, {high:g}]; expected two sample values, the lower one first")
+        return Scale(low, high)
+    if stored is not None:
+        return Scale(*stored)
+    with ThreadPoolExecutor(allowance()[0]) as pool:
+        return percentile_scale(pool.map(sample_values, tiles))
+
+
+def _check_resolution(config: CityConfig, headers: Sequence[TileHeader], card: Card) -> None:
     low, high = card.resolution_range_m
-    for header, tile in zip(headers, tiles, strict=True):
-        metres = ground_pixel_m(lattice, tile.window)
+    asked = config.grid.resolution_m
+    if asked is not None and not low * 0.999 <= asked <= high * 1.001:
+        raise UserError(
+            f"grid.resolution_m: {asked:g}; expected {low:g} to {high:g} m, which the model was trained for"
+        )
+    for header in headers:
+        metres = ground_m(header, tile_crs(header, config.images_crs))
         if not low * 0.999 <= metres <= high * 1.001:
             raise UserError(
                 f"{header.path}: {metres:.3g} m a pixel on the ground; expected {low:g} to {high:g} m, which the model"
@@ -473,6 +457,7 @@ def resolve_workers(config: ClusterConfig, stored_threads: int | None = None) ->
     gpus = torch_gpus()
     cores, memory_bytes = allowance()
     count = config.workers if config.workers != "auto" else gpus or max(1, cores // 8)
+    count = min(count, gpus) if gpus else count
     threads = config.threads if config.threads != "auto" else stored_threads or max(1, cores // count)
     if config.memory == "auto":
         total = int(memory_bytes * 0.8)
@@ -598,9 +583,11 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         *_told_of_area(plan),
         (
             "lattice",
-            f"{_crs_name(CRS.from_wkt(lattice.crs_wkt))}, pixel {lattice.pixel_size:g}, phase"
+            f"{crs_name(CRS.from_wkt(lattice.crs_wkt))}, pixel {lattice.pixel_size:g}, phase"
             f" {lattice.phase_x:.6g}, {lattice.phase_y:.6g}",
         ),
+        *_told_of_warping(plan),
+        *([] if plan.scale is None else [("scale", f"{plan.scale.low:g} to {plan.scale.high:g} become 0 to 255")]),
         ("nodata", f"{rule}, in patches of at least {plan.nodata_min_m2:g} m2 or along a tile's edge"),
         (
             "grid",
@@ -630,7 +617,7 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
 
 def covered_by(tiles: Sequence[Tile]) -> Window:
     """The bounds of all tiles."""
-    offs = ([getattr(tile.window, name) for tile in tiles] for name in ("row_off", "col_off", "row_stop", "col_stop"))
+    offs = ([getattr(tile.cover, name) for tile in tiles] for name in ("row_off", "col_off", "row_stop", "col_stop"))
     row_off, col_off, row_stop, col_stop = offs
     return Window.between(min(row_off), min(col_off), max(row_stop), max(col_stop))
 
@@ -644,12 +631,27 @@ def _told_of_area(plan: Plan) -> list[tuple[str, str]]:
     return [("area", f"{plan.area.source}: {size}; {len(plan.tiles_seen())} tiles are seen")]
 
 
+def _told_of_warping(plan: Plan) -> list[tuple[str, str]]:
+    """A line for each kind of warping: how many tiles, from which CRS, how."""
+    kinds = Counter(
+        (crs_name(CRS.from_wkt(tile.mosaic.crs_wkt)), tile.mosaic.resampling)
+        for tile in plan.tiles
+        if tile.mosaic is not None
+    )
+    copied = len(plan.tiles) - sum(kinds.values())
+    how = {"bilinear": "bilinear", "average": "mean of the area, being finer than the lattice"}
+    return [
+        ("warped", f"{count} tiles from {crs} ({how[resampling]}); {copied} tiles are copied as they are")
+        for (crs, resampling), count in kinds.items()
+    ]
+
+
 def pixels_seen(plan: Plan) -> tuple[int, int]:
     """Pixels of cores and of their windows, as if all pixels of the tiles' bounds were valid."""
     core_px = seen_px = 0
     for block in plan.blocks():
         core = plan.core(*block)
-        parts = [plan.tiles[tile].window.intersect(core) for tile in plan.tiles_in(core)]
+        parts = [plan.tiles[tile].cover.intersect(core) for tile in plan.tiles_in(core)]
         box = parts[0]
         for part in parts[1:]:
             box = box.union(part)
@@ -692,7 +694,7 @@ def disk_bytes(tiles: Sequence[Tile], bands: int, seen: Window) -> int:
 
     seen: the window in which chunks lie.
     """
-    return int(sum(tile.window.intersect(seen).pixels for tile in tiles) * (bands + 0.6)) + 16 * 2**20
+    return int(sum(tile.cover.intersect(seen).pixels for tile in tiles) * (bands + 0.6)) + 16 * 2**20
 
 
 def key_of(*parts: object) -> str:

@@ -6,7 +6,7 @@ import itertools
 import json
 import shutil
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -115,15 +115,13 @@ def dry_run(config: CityConfig) -> list[tuple[str, str]]:
     seen = plan.tiles_seen()
     step = -(-len(seen) // LOOKED_AT)
     looked = seen[::step]
-    reasons: Counter[str] = Counter()
+    reasons: defaultdict[str, float] = defaultdict(float)
     for tile in looked:
-        it = plan.tiles[tile]
-        if it.nodata or it.mask != "none":
-            scan = scan_tile(it, plan.min_nodata_pixels(tile), lambda window, mask: None)
-            reasons.update(scan.by_reason)
+        scan = scan_tile(plan.tiles[tile], plan.min_nodata_pixels(tile), lambda window, mask: None)
+        for reason, pixels in scan.by_reason.items():
+            reasons[reason] += pixels * plan.tile_pixel_m(tile) ** 2 * step
     of = "" if step == 1 else f" (estimated from {len(looked)} of {len(seen)} tiles)"
-    m2 = ground_pixel_m(plan.lattice, plan.bounds) ** 2 * step
-    found = [f"{reason}: {pixels * m2:,.0f} m2" for reason, pixels in sorted(reasons.items()) if pixels]
+    found = [f"{reason}: {area:,.0f} m2" for reason, area in sorted(reasons.items()) if area]
     rows.append(("invalid", (", ".join(found) or "nothing") + of))
     rows.append(("seconds", f"about {seconds_of(plan):,.0f} of predicting, from one timed window"))
     return rows

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 Cell = tuple[int, int]
 """Absolute index (row, col) of a chunk or a block."""
 
-VERSIONS = {"scan": 1, "read": 1, "predict": 1, "vectorize": 2, "join": 2}
+VERSIONS = {"scan": 2, "read": 2, "predict": 1, "vectorize": 2, "join": 2}
 """Raised when a stage of a new version gives other bytes for the same input: what older ones did is then not done."""
 
 
@@ -136,14 +136,18 @@ def cell_unit(row: int, col: int) -> str:
 def scan_settings(plan: Plan, tile: int) -> str:
     """A digest of all that decides a tile's validity besides its pixels."""
     it = plan.tiles[tile]
-    return key_of(VERSIONS["scan"], it.window, it.bands, it.nodata, it.tolerance, it.mask, plan.min_nodata_pixels(tile))
+    rule = (it.nodata, it.tolerance, it.speckle_tolerance, it.mask, plan.min_nodata_pixels(tile))
+    return key_of(VERSIONS["scan"], it.window, it.bands, rule)
 
 
 def chunk_key(plan: Plan, chunk: Cell, tiles: list[tuple[int, str]]) -> str:
-    """What a chunk is made from: its place, and its tiles, by index and digest."""
+    """What a chunk is made from: its place, and its tiles, by index and digest, each with where it lies."""
     lattice = plan.lattice
     place = (lattice.crs_wkt, lattice.pixel_size, lattice.phase_x, lattice.phase_y, plan.chunk_px, chunk)
-    return key_of(VERSIONS["read"], place, [(digest, scan_settings(plan, tile)) for tile, digest in tiles])
+    made_of = [
+        (digest, scan_settings(plan, tile), plan.tiles[tile].mosaic, plan.tiles[tile].scale) for tile, digest in tiles
+    ]
+    return key_of(VERSIONS["read"], place, made_of)
 
 
 def predict_key(plan: Plan, block: Cell, chunks: list[tuple[Cell, str]]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
 import numpy as np
 from affine import Affine
@@ -139,36 +139,58 @@ class Lattice:
         The square of it is the ground area of a pixel. For conformal projections it is also the length along any
         direction; for others it is the geometric mean of the two principal directions.
         """
-        x = self.phase_x + np.asarray(col, np.float64) * self.pixel_size
-        y = self.phase_y - np.asarray(row, np.float64) * self.pixel_size
-        # Measured on the ellipsoid over a few pixels: PROJ's own factors take Web Mercator for one of a sphere, which
-        # is 7 in 10,000 off in area.
-        step = 8 * self.pixel_size
-        steps = ((-step, 0.0), (step, 0.0), (0.0, -step), (0.0, step))
-        ends = np.asarray([self._to_lonlat.transform(x + dx, y + dy) for dx, dy in steps], np.float64)
-        lon, lat = ends[:, 0] * self._radians, ends[:, 1] * self._radians
-        a, b = self._semi_axes_m
-        cos = np.cos(lat.mean(axis=0))
-        root = a**2 * cos**2 + b**2 * (1 - cos**2)
-        # Metres east and north of a step along x and along y, by the radii of curvature of the parallel and meridian.
-        east = ((lon[1::2] - lon[::2] + np.pi) % (2 * np.pi) - np.pi) * cos * a**2 / np.sqrt(root)
-        north = (lat[1::2] - lat[::2]) * (a * b) ** 2 / root**1.5
-        side: NDArray[np.float64] = np.sqrt(np.abs(east[0] * north[1] - east[1] * north[0])) / 16
-        return side
+        return ground_pixel_m(self.crs_wkt, self.transform(), row, col)
 
-    @cached_property
-    def _to_lonlat(self) -> Transformer:
-        crs = CRS.from_wkt(self.crs_wkt)
-        return Transformer.from_crs(crs, crs.geodetic_crs or "EPSG:4326", always_xy=True)
 
-    @cached_property
-    def _radians(self) -> float:
-        """Radians in a unit of longitude and latitude: most CRSs count in degrees, some of France in grads."""
-        crs = CRS.from_wkt(self.crs_wkt).geodetic_crs or CRS.from_epsg(4326)
-        return float(crs.axis_info[0].unit_conversion_factor)
+def ground_pixel_m(
+    crs_wkt: str, transform: Affine, row: NDArray[np.float64], col: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Side in ground metres of the pixels of any raster: the square root of their area on the ellipsoid.
 
-    @cached_property
-    def _semi_axes_m(self) -> tuple[float, float]:
-        ellipsoid = CRS.from_wkt(self.crs_wkt).ellipsoid
-        assert ellipsoid is not None, "a CRS of the Earth has an ellipsoid"
-        return float(ellipsoid.semi_major_metre), float(ellipsoid.semi_minor_metre)
+    transform leads from (col, row) to (x, y) of the CRS, which may be projected or geographic and count in any unit.
+    """
+    to_lonlat, radians, a, b = _geodesy(crs_wkt)
+    row, col = np.asarray(row, np.float64), np.asarray(col, np.float64)
+    # Measured on the ellipsoid over a few pixels: PROJ's own factors take Web Mercator for one of a sphere, which is
+    # 7 in 10,000 off in area.
+    ends = np.asarray(
+        [
+            to_lonlat.transform(*apply(transform, col + dc, row + dr))
+            for dc, dr in ((-_STEP_PX, 0), (_STEP_PX, 0), (0, _STEP_PX), (0, -_STEP_PX))
+        ],
+        np.float64,
+    )
+    lon, lat = ends[:, 0] * radians, ends[:, 1] * radians
+    cos = np.cos(lat.mean(axis=0))
+    root = a**2 * cos**2 + b**2 * (1 - cos**2)
+    # Metres east and north of a step along columns and along rows, by the radii of curvature of parallel and meridian.
+    east = ((lon[1::2] - lon[::2] + np.pi) % (2 * np.pi) - np.pi) * cos * a**2 / np.sqrt(root)
+    north = (lat[1::2] - lat[::2]) * (a * b) ** 2 / root**1.5
+    side: NDArray[np.float64] = np.sqrt(np.abs(east[0] * north[1] - east[1] * north[0])) / (2 * _STEP_PX)
+    return side
+
+
+_STEP_PX = 8
+
+
+def apply(
+    transform: Affine, x: NDArray[np.float64], y: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """An affine transform of arrays of coordinates: of (col, row) to (x, y), or by its inverse back."""
+    a, b, c, d, e, f = transform[:6]
+    return a * x + b * y + c, d * x + e * y + f
+
+
+@lru_cache(maxsize=64)
+def _geodesy(crs_wkt: str) -> tuple[Transformer, float, float, float]:
+    """How a CRS leads to longitude and latitude, radians in a unit of them, and the semi-axes of its ellipsoid in m.
+
+    Most CRSs count in degrees, some of France in grads.
+    """
+    crs = CRS.from_wkt(crs_wkt)
+    geodetic = crs.geodetic_crs or CRS.from_epsg(4326)
+    ellipsoid = crs.ellipsoid
+    assert ellipsoid is not None, "a CRS of the Earth has an ellipsoid"
+    radians = float(geodetic.axis_info[0].unit_conversion_factor)
+    to_lonlat = Transformer.from_crs(crs, geodetic, always_xy=True)
+    return to_lonlat, radians, float(ellipsoid.semi_major_metre), float(ellipsoid.semi_minor_metre)

@@ -12,8 +12,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import rasterio
@@ -23,8 +24,13 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterWindow
 
 from .errors import TileError, UserError
-from .files import file_stamp
+from .files import file_stamp, gdal_path, is_remote, open_options
 from .grid import Window
+from .mosaic import CELL_PX, Mosaic, Pixels, warp_cell
+from .remote import look_up, pieces
+
+if TYPE_CHECKING:
+    from .scale import Scale  # it reads samples of tiles itself
 
 MaskKind = Literal["none", "per_dataset", "alpha"]
 Invalid = Callable[["Tile", Window], NDArray[np.bool_] | None]
@@ -70,11 +76,13 @@ class TileHeader:
 
 @dataclass(frozen=True)
 class Tile:
-    """A source raster at its place on the lattice, and the rule by which its pixels are invalid.
+    """A source raster at its place, and the rule by which its pixels are invalid.
 
-    window covers the whole raster, pixel for pixel. bands are 1-based. nodata lists sample values; tolerance is the
-    largest distance from them, in sample units, and speckle_tolerance the one that takes its place if the tile's collar
-    is speckled (0: that is not looked for).
+    window covers the whole raster, pixel for pixel: on the lattice, or, for a tile that is to be warped, on the grid of
+    its mosaic. cover is the window of the lattice that holds all pixels to which the tile gives a value: window itself
+    where there is no mosaic. bands are 1-based. nodata lists sample values; tolerance is the largest distance from
+    them, in sample units, and speckle_tolerance the one that takes its place if the tile's collar is speckled (0: that
+    is not looked for). scale is how samples become 8 bits; None: they are.
     """
 
     path: str
@@ -84,6 +92,9 @@ class Tile:
     tolerance: float = 0.0
     mask: MaskKind = "none"
     speckle_tolerance: float = 0.0
+    scale: Scale | None = None
+    mosaic: Mosaic | None = None
+    warped_cover: Window | None = None
 
     def __post_init__(self) -> None:
         if not self.bands or min(self.bands) < 1:
@@ -92,15 +103,21 @@ class Tile:
             raise ValueError(f"{self.path}: {self.window}: expected a window with pixels")
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
             raise ValueError(f"{self.path}: tolerance {self.tolerance}: expected 0 or more")
+        if (self.mosaic is None) != (self.warped_cover is None):
+            raise ValueError(f"{self.path}: expected a cover for a tile of a mosaic, and for no other")
+
+    @property
+    def cover(self) -> Window:
+        """The window of the lattice that holds all pixels to which the tile gives a value."""
+        return self.window if self.warped_cover is None else self.warped_cover
 
 
 def read_header(path: str) -> TileHeader:
     """Header of one tile. Raises UserError in one line where the file is missing, no raster or cut in its header."""
-    file = Path(path)
-    if not file.exists():
+    if not is_remote(path) and not Path(path).exists():
         raise UserError(f"{path}: no such file; expected a raster")
     try:
-        with rasterio.Env(**GDAL_OPTIONS), _open(path) as dataset:
+        with _gdal(path), _open(path) as dataset:
             if not dataset.count:
                 raise UserError(f"{path}: holds no raster band of its own; {_EXPECTED}")
             transform = tuple(float(value) for value in dataset.transform[:6])
@@ -117,10 +134,10 @@ def read_header(path: str) -> TileHeader:
                 mask=_mask_kind(dataset),
                 colours=tuple(colour.name for colour in dataset.colorinterp),
                 block_shape_yx=dataset.block_shapes[0],
-                missing_bytes=_missing_bytes(file),
+                missing_bytes=_missing_bytes(path),
             )
     except (RasterioError, OSError) as error:
-        raise UserError(f"{path}: {_what_it_is(file, error)}; {_EXPECTED}") from error
+        raise UserError(f"{path}: {_what_it_is(path, error)}; {_EXPECTED}") from error
 
 
 def resolve_bands(names: tuple[int | str, ...], header: TileHeader) -> tuple[int, ...]:
@@ -146,35 +163,84 @@ def resolve_bands(names: tuple[int | str, ...], header: TileHeader) -> tuple[int
     return tuple(numbers)
 
 
-def read_window(tiles: Sequence[Tile], window: Window, invalid: Invalid) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+def read_window(tiles: Sequence[Tile], window: Window, invalid: Invalid) -> Pixels:
     """Mosaic of tiles over a window of the lattice: image_CHW uint8 and valid_HW, True where a tile has a valid pixel.
 
-    Where tiles overlap, the later in the list wins where it is valid. Invalid pixels are 0 in the image. invalid(tile,
-    window) gives the tile's invalid pixels (True) within a window of the lattice, None where all are valid.
+    Where tiles overlap, the later in the list wins where it is valid; tiles of one mosaic are put together on its grid
+    first, and have the place of the last of them. Invalid pixels are 0 in the image. invalid(tile, window) gives the
+    tile's invalid pixels (True) within a part of its own window, None where all are valid.
 
     Raises TileError where a tile cannot be decoded or is not the one that was planned.
     """
     bands = {len(tile.bands) for tile in tiles}
     if len(bands) != 1:
         raise ValueError(f"tiles with {sorted(bands)} bands: expected at least one tile, and one number of bands")
-    image_CHW = np.zeros((bands.pop(), *window.shape_yx), np.uint8)
-    valid_HW = np.zeros(window.shape_yx, np.bool_)
+    pixels = np.zeros((bands.pop(), *window.shape_yx), np.uint8), np.zeros(window.shape_yx, np.bool_)
+    warped: set[Mosaic] = set()
     # From the last to the first: what a later tile covers need not be read from an earlier one.
     for tile in reversed(tiles):
-        part = tile.window.intersect(window)
-        rows, cols = part.within(window)
-        wanted_HW = ~valid_HW[rows, cols]
-        bad_HW = invalid(tile, part) if wanted_HW.any() else None
-        if bad_HW is not None:
-            wanted_HW &= ~bad_HW
-        if not wanted_HW.any():
-            continue
-        samples_CHW = read_samples(tile, part)
-        if samples_CHW.dtype != np.uint8:
-            raise TileError(tile.path, f"{samples_CHW.dtype} samples: expected uint8")
-        np.copyto(image_CHW[:, rows, cols], samples_CHW, where=wanted_HW)
-        valid_HW[rows, cols] |= wanted_HW
-    return image_CHW, valid_HW
+        if tile.mosaic is None:
+            _put_below(pixels, window, tile.window, partial(_read_tile, tile, invalid))
+        elif tile.mosaic not in warped:
+            warped.add(tile.mosaic)
+            members = [member for member in tiles if member.mosaic == tile.mosaic]
+            cover = members[0].cover
+            for member in members[1:]:
+                cover = cover.union(member.cover)
+            for index in cover.intersect(window).cells(CELL_PX):
+                cell = Window.cell(*index, CELL_PX)
+                _put_below(pixels, window, cell, partial(_read_cell, tile.mosaic, members, invalid, cell))
+    return pixels
+
+
+def _put_below(
+    pixels: Pixels, window: Window, lies: Window, read: Callable[[Window, NDArray[np.bool_]], Pixels]
+) -> None:
+    """Fill the pixels of window that nothing is in yet with what read gives of the part that lies has of it."""
+    image_CHW, valid_HW = pixels
+    part = lies.intersect(window)
+    rows, cols = part.within(window)
+    wanted_HW = ~valid_HW[rows, cols]
+    if not wanted_HW.any():
+        return
+    samples_CHW, part_valid_HW = read(part, wanted_HW)
+    wanted_HW &= part_valid_HW
+    np.copyto(image_CHW[:, rows, cols], samples_CHW, where=wanted_HW)
+    valid_HW[rows, cols] |= wanted_HW
+
+
+def _read_tile(tile: Tile, invalid: Invalid, part: Window, wanted_HW: NDArray[np.bool_]) -> Pixels:
+    """A part of one tile, on its own grid; the samples are not read where none of the wanted pixels is valid."""
+    bad_HW = invalid(tile, part)
+    valid_HW = np.ones(part.shape_yx, np.bool_) if bad_HW is None else ~bad_HW
+    if not (valid_HW & wanted_HW).any():
+        return np.zeros((len(tile.bands), *part.shape_yx), np.uint8), valid_HW
+    return _as_u8(tile, read_samples(tile, part)), valid_HW
+
+
+def _as_u8(tile: Tile, samples_CHW: NDArray[Any]) -> NDArray[np.uint8]:
+    """Samples in the 8 bits that are stored, by the tile's scale where it has one."""
+    if tile.scale is not None:
+        return tile.scale.to_u8(samples_CHW)
+    if samples_CHW.dtype != np.uint8:
+        raise TileError(tile.path, f"{samples_CHW.dtype} samples: expected uint8, or a scale")
+    return samples_CHW
+
+
+def _read_cell(
+    mosaic: Mosaic, tiles: Sequence[Tile], invalid: Invalid, cell: Window, part: Window, wanted_HW: NDArray[np.bool_]
+) -> Pixels:
+    """A part of one cell of the lattice, warped from the tiles of a mosaic."""
+
+    def read_source(source: Window) -> Pixels:
+        pixels = np.zeros((len(tiles[0].bands), *source.shape_yx), np.uint8), np.zeros(source.shape_yx, np.bool_)
+        for tile in reversed(tiles):
+            _put_below(pixels, source, tile.window, partial(_read_tile, tile, invalid))
+        return pixels
+
+    image_CHW, valid_HW = warp_cell(mosaic, cell, read_source)
+    rows, cols = part.within(cell)
+    return image_CHW[:, rows, cols], valid_HW[rows, cols]
 
 
 def read_samples(tile: Tile, window: Window) -> NDArray[Any]:
@@ -182,6 +248,12 @@ def read_samples(tile: Tile, window: Window) -> NDArray[Any]:
     with _decoding(tile) as dataset:
         samples: NDArray[Any] = dataset.read(list(tile.bands), window=_local(tile, window))
         return samples
+
+
+def read_thumbnail(tile: Tile, shape_yx: tuple[int, int]) -> NDArray[np.uint8]:
+    """The whole tile in a few pixels, (band, row, column): pixels at regular steps, or an overview's."""
+    with _decoding(tile) as dataset:
+        return _as_u8(tile, dataset.read(list(tile.bands), out_shape=(len(tile.bands), *shape_yx)))
 
 
 def check_readable(tile: Tile) -> None:
@@ -221,10 +293,14 @@ def _local(tile: Tile, window: Window) -> RasterWindow:
     return RasterWindow.from_slices(rows, cols)
 
 
+def _gdal(path: str) -> rasterio.Env:
+    return rasterio.Env(**{**GDAL_OPTIONS, **open_options(path)})
+
+
 def _open(path: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # told by the plan, in its own words
-        return rasterio.open(path)
+        return rasterio.open(gdal_path(path))
 
 
 class _OpenTiles(threading.local):
@@ -259,7 +335,7 @@ _open_tiles = _OpenTiles()
 def _decoding(tile: Tile) -> Iterator[Any]:
     """The tile's open dataset, checked against the plan; whatever GDAL raises within becomes a TileError."""
     try:
-        with rasterio.Env(**GDAL_OPTIONS):
+        with _gdal(tile.path):
             dataset = _open_tiles.get(tile.path)
             if (dataset.height, dataset.width) != tile.window.shape_yx or dataset.count < max(tile.bands):
                 found = f"{dataset.width} x {dataset.height} px with {dataset.count} bands"
@@ -269,7 +345,7 @@ def _decoding(tile: Tile) -> Iterator[Any]:
     except (RasterioError, OSError) as error:
         # A handle that failed once may hold damaged blocks: a repaired file is opened afresh.
         _open_tiles.drop(tile.path)
-        missing = _missing_bytes(Path(tile.path))
+        missing = _missing_bytes(tile.path)
         cut = f" (the file ends {missing:,} bytes too early)" if missing else ""
         raise TileError(tile.path, f"cannot be read: {_reason(error)}{cut}") from error
 
@@ -301,23 +377,33 @@ def _mask_kind(dataset: Any) -> MaskKind:
     return "alpha" if ColorInterp.alpha in dataset.colorinterp else "none"
 
 
-def _what_it_is(file: Path, error: BaseException) -> str:
+def _what_it_is(path: str, error: BaseException) -> str:
     """What a file that GDAL cannot open holds, from its first bytes."""
-    if file.is_dir():
+    if not is_remote(path) and Path(path).is_dir():
         return "is a folder"
     try:
-        with file.open("rb") as stream:
-            head = stream.read(64)
-    except OSError as unreadable:
-        return f"cannot be opened: {_reason(unreadable)}"
+        size, head = _size_and_head(path)
+    except TileError as unreadable:
+        return unreadable.reason
     if not head:
         return "is empty"
     if head[:4] in _TIFF_KINDS:
-        return f"is a TIFF whose header is damaged or cut off ({file.stat().st_size:,} bytes; {_reason(error)})"
+        return f"is a TIFF whose header is damaged or cut off ({size:,} bytes; {_reason(error)})"
     text = head.decode("utf-8", "ignore")
     if len(text) > len(head) // 2 and all(letter.isprintable() or letter.isspace() for letter in text):
         return f"is text that begins with {' '.join(text.split())[:40]!r}"
     return f"is no raster: begins with the bytes {head[:8].hex(' ')}"
+
+
+def _size_and_head(path: str) -> tuple[int, bytes]:
+    """Size of a tile and its first 64 bytes. TileError where they cannot be had."""
+    if is_remote(path):
+        return look_up(path).size, next(pieces(path), b"")[:64]
+    try:
+        with Path(path).open("rb") as stream:
+            return Path(path).stat().st_size, stream.read(64)
+    except OSError as error:
+        raise TileError(path, f"cannot be opened: {_reason(error)}") from error
 
 
 # TIFF 6.0, section 2, and BigTIFF: byte order, type of a directory's number of entries, type of offsets and lengths.
@@ -332,16 +418,19 @@ _SUBFILE_TYPE = 254  # bit 0: an overview, which is never read
 _OFFSETS_COUNTS = ((273, 279), (324, 325))  # tags of offsets and byte counts: of strips, of tiles
 
 
-def _missing_bytes(file: Path) -> int:
+def _missing_bytes(path: str) -> int:
     """By how much a TIFF is shorter than the end of the last strip or tile that it lists; 0 for what is no TIFF.
 
-    Strips with offset 0 are sparse, not missing.
+    Strips with offset 0 are sparse, not missing. Behind a URL it is not looked for: 0.
     """
+    if is_remote(path):
+        return 0
     try:
-        with file.open("rb") as stream:
+        with Path(path).open("rb") as stream:
             kind = _TIFF_KINDS.get(stream.read(4))
             ends = _data_ends(stream, *kind) if kind else []
-        return max(0, *(end - file.stat().st_size for end in ends), 0)
+            size = stream.seek(0, 2)
+        return max(0, *(end - size for end in ends), 0)
     except (OSError, ValueError):
         return 0  # what cannot be parsed here is left to GDAL's own words
 

@@ -43,12 +43,20 @@ def test_the_least_that_works_has_the_defaults_of_the_contract(tmp_path: Path) -
     assert config.model_dump(exclude=set(LEAST)) == {
         "asset": None,
         "bands": (1, 2, 3),
+        "scale": None,
         "images_crs": None,
         "nodata": None,
         "nodata_tolerance": "auto",
         "nodata_min_m2": 1000,
         "on_tile_error": "fail",
-        "grid": {"crs": None, "chunk_px": 1024, "block_px": "auto", "resolution_m": None, "area": None},
+        "grid": {
+            "crs": None,
+            "chunk_px": 1024,
+            "block_px": "auto",
+            "resolution_m": None,
+            "sparse": False,
+            "area": None,
+        },
         "predict": {"halo": "auto", "precision": "auto", "tta": "none"},
         "vectorize": {
             "threshold": None,
@@ -138,8 +146,11 @@ JARGON = ("valid", "dictionary", "instance", "tuple", "string", "input", "patter
             "cluster.memory: found 8; expected auto, or a number with GiB, GB, MiB or MB such as 8",
         ),
         ("cluster.memory=8 gib", 'cluster.memory: found "8 gib"; expected auto, or a number with GiB'),
-        ("bands=1,2,3", 'bands: found "1,2,3"; expected a list of band numbers from 1, such as [1, 2, 3]'),
-        ("bands=[0]", "bands: found [0]; expected a list of band numbers from 1, such as [1, 2, 3]"),
+        (
+            "bands=1,2,3",
+            'bands: found "1,2,3"; expected a list of band numbers from 1, such as [1, 2, 3], or of colours',
+        ),
+        ("bands=[0]", "bands: found [0]; expected a list of band numbers from 1, such as [1, 2, 3], or of colours"),
         ("bands=[]", "bands: found []; expected a list of band numbers from 1"),
         ("nodata=[0, black]", 'nodata: found [0, "black"]; expected null, a number, or a list of numbers'),
         ("predict.halo=-1", "predict.halo: found -1; expected auto, exact, or a whole number of pixels from 0"),
@@ -196,7 +207,7 @@ def test_a_fault_is_told_of_where_it_comes_from(tmp_path: Path) -> None:
     file = city(tmp_path, bands=[0], vectorize={"threshold": 7})
     message = refusal(file, "vectorize.threshold=9", "vectorise.threshold=1", "grid.chunk_px=1")
     assert message.split("; --set ") == [
-        f"{file}: bands: found [0]; expected a list of band numbers from 1, such as [1, 2, 3]",
+        f"{file}: bands: found [0]; expected a list of band numbers from 1, such as [1, 2, 3], or of colours",
         "grid.chunk_px=1: grid.chunk_px: found 1; expected a whole number of pixels from 64 to 8192",
         "vectorize.threshold=9: vectorize.threshold: found 9;"
         " expected null, or a number above 0 and up to 1 such as 0.4",
