@@ -51,14 +51,14 @@ def map_and_count(image: Path, truth: Path, model: str, resolution_m: float | No
     job = {"name": "bench", "images": str(image), "model": model, "output": "run", "store": {"keep": "none"}}
     (folder / "city.yaml").write_text(yaml.safe_dump(job | {"grid": {"resolution_m": resolution_m}}))
     command = [sys.executable, "-c", "from segpipe.pipeline.cli import main; main()", "run", str(folder / "city.yaml")]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return evaluate_run(folder / "run", truth).counts
 
 
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--model", default="buildings-mobilenetv2", show_default=True)
-@click.option("--resolution", "resolutions", type=float, multiple=True, default=(0.15, 0.2, 0.3, 0.5, 0.6))
+@click.option("--resolution", "resolutions", type=float, multiple=True, default=(0.15, 0.2, 0.3, 0.5))
 def main(data: Path, model: str, resolutions: tuple[float, ...]) -> None:
     """Map every NAME_image.tif in DATA at each resolution, and compare it with NAME_buildings.gpkg."""
     names = sorted(path.name.removesuffix("_image.tif") for path in data.glob("*_image.tif"))

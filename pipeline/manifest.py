@@ -22,6 +22,8 @@ from .config import CityConfig
 from .inputs import find_images, machine, stamps
 
 if TYPE_CHECKING:
+    from segpipe.tasks.mosaic import Mosaic
+
     from .plan import Plan
     from .run import Published
 
@@ -198,6 +200,13 @@ def check_folder_is_ours(folder: Path, config: Path | None = None) -> None:
         )
 
 
+def _warping(mosaic: Mosaic | None) -> dict[str, Any] | None:
+    """The grid that a warped tile was on, and how it came onto the lattice; None for a tile that was copied."""
+    if mosaic is None:
+        return None
+    return {"from_crs": mosaic.crs_wkt, "transform": mosaic.transform, "resampling": mosaic.resampling}
+
+
 def make_manifest(config: CityConfig, plan: Plan, state: dict[str, Any], published: Published) -> dict[str, Any]:
     """All that is to be known of a run that has been published."""
     from .inputs import versions
@@ -207,7 +216,7 @@ def make_manifest(config: CityConfig, plan: Plan, state: dict[str, Any], publish
     ledger = Ledger(plan.output)
     entries = [ledger.entry("scan", tile_unit(plan, index)) or {} for index in range(len(plan.tiles))]
     tiles = [
-        {"path": tile.path, "window": asdict(tile.window)}
+        {"path": tile.path, "window": asdict(tile.cover), "warped": _warping(tile.mosaic)}
         | {name: entry.get(name) for name in ("digest", "stamp", "invalid_px", "by_reason")}
         for tile, entry in zip(plan.tiles, entries, strict=True)
     ]

@@ -277,6 +277,7 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None) -> Plan:
     layout = Layout(lattice, bounds.snap(config.grid.chunk_px), config.grid.chunk_px, len(config.bands))
     workers = resolve_workers(config.cluster, stored.get("threads"))
     halo_px, notes = _resolve_halo(config, card)
+    notes += _told_of_resolution(config, ground_pixel_m(lattice, bounds), card)
     area = resolve_area(config.area, lattice, [tile.cover for tile in tiles])
     recipe, task_bytes = _resolve_recipe(config, card, halo_px, layout, workers, stored.get("block_px"))
     _check_disk(output, tiles, len(config.bands), _seen(layout.grid, area, recipe, card.stride))
@@ -440,11 +441,12 @@ def _check_resolution(config: CityConfig, headers: Sequence[TileHeader], card: C
         )
     for header in headers:
         metres = ground_m(header, tile_crs(header, config.images_crs))
-        if not low * 0.999 <= metres <= high * 1.001:
+        # What is finer loses nothing that the model knows of if it is asked to be averaged; what is coarser lacks it.
+        if metres > high * 1.001 or (metres < low * 0.999 and asked is None):
+            cure = f"`grid: {{resolution_m: {card.resolution_m:g}}}`" if metres < low else "finer imagery"
             raise UserError(
                 f"{header.path}: {metres:.3g} m a pixel on the ground; expected {low:g} to {high:g} m, which the model"
-                f" was trained for; cure: gdalwarp -tr {card.resolution_m:g} {card.resolution_m:g} -r average on the"
-                " tiles, or another `model:`"
+                f" was trained for; cure: {cure}, or another `model:`"
             )
 
 
@@ -496,6 +498,17 @@ def _cgroup(name: str) -> str:
     except OSError:
         pass
     return ""
+
+
+def _told_of_resolution(config: CityConfig, metres: float, card: Card) -> list[str]:
+    """What may be gained where the city's pixels are coarser than the model's (docs/benchmarks.md, Resolution)."""
+    if config.grid.resolution_m is not None or metres < card.resolution_m * 1.1:
+        return []
+    times = (metres / card.resolution_m) ** 2
+    return [
+        f"the model was trained at {card.resolution_m:g} m: `grid: {{resolution_m: {card.resolution_m:g}}}` makes it"
+        f" {times:.1f} times the pixels, and finds more"
+    ]
 
 
 def _resolve_halo(config: CityConfig, card: Card) -> tuple[int, list[str]]:
@@ -640,8 +653,9 @@ def _told_of_warping(plan: Plan) -> list[tuple[str, str]]:
     )
     copied = len(plan.tiles) - sum(kinds.values())
     how = {"bilinear": "bilinear", "average": "mean of the area, being finer than the lattice"}
+    others = f"; the other {copied} are copied" if copied else ""
     return [
-        ("warped", f"{count} tiles from {crs} ({how[resampling]}); {copied} tiles are copied as they are")
+        ("warped", f"{count} of {len(plan.tiles)} tiles, from {crs} ({how[resampling]}){others}")
         for (crs, resampling), count in kinds.items()
     ]
 

@@ -1,5 +1,6 @@
 """Cities as people have them, run end to end: what comes out equals what the same pixels in plain form give."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,7 @@ def test_a_warped_tile_added_in_the_west_redoes_only_what_sees_it(make_city: Mak
     assert outputs(tmp_path / "run")["rows"] == outputs(tmp_path / "other")["rows"]
 
 
-def test_the_plan_says_what_is_warped(make_city: MakeCity, tmp_path: Path) -> None:
+def test_plan_and_manifest_say_what_is_warped(make_city: MakeCity, tmp_path: Path) -> None:
     from segpipe.pipeline.config import load_city
     from segpipe.pipeline.plan import describe, make_plan
 
@@ -245,4 +246,9 @@ def test_the_plan_says_what_is_warped(make_city: MakeCity, tmp_path: Path) -> No
     image, transform = carried(tmp_path / "tiles" / "tile2.tif", "EPSG:3857")
     write_tile(tmp_path / "tiles" / "tile2.tif", image, 0, 0, crs="EPSG:3857", transform=transform)
     told = dict(describe(make_plan(load_city(city.config))))
-    assert told["warped"] == "1 tiles from EPSG:3857 (bilinear); 1 tiles are copied as they are"
+    assert told["warped"] == "1 of 2 tiles, from EPSG:3857 (bilinear); the other 1 are copied"
+    map_it(city.config)
+    copied, warped = json.loads((tmp_path / "run" / "manifest.json").read_text())["tiles"]
+    assert copied["warped"] is None
+    assert warped["warped"]["resampling"] == "bilinear"
+    assert "Pseudo-Mercator" in warped["warped"]["from_crs"]

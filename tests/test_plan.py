@@ -105,7 +105,33 @@ def test_imagery_outside_the_models_range_is_refused(city: City) -> None:
     place = Affine(0.1, 0, 500000, 0, -0.1, 5300000)
     write_tile(city.folder / "tiles" / "tile1.tif", draw_blobs(64, 64), 0, 0, transform=place)
     message = refusal(city)
-    assert all(word in message for word in ("0.1 m a pixel", "0.15 to 0.6 m", "gdalwarp -tr 0.3 0.3")), message
+    assert all(word in message for word in ("0.1 m a pixel", "0.15 to 0.6 m", "`grid: {resolution_m: 0.3}`")), message
+
+
+def test_what_is_finer_than_the_models_range_is_averaged_if_it_is_asked_for_and_what_is_coarser_is_refused(
+    city: City,
+) -> None:
+    for name in ("tile1.tif", "tile2.tif"):
+        (city.folder / "tiles" / name).unlink()
+    place = Affine(0.1, 0, 500000, 0, -0.1, 5300000)
+    write_tile(city.folder / "tiles" / "fine.tif", draw_blobs(600, 600), 0, 0, transform=place)
+    plan = plan_of(city, "grid.resolution_m=0.3")
+    assert (plan.lattice.pixel_size, plan.tiles[0].mosaic.resampling) == (0.3, "average")
+    assert plan.bounds.shape_yx == (200, 200)
+    write_tile(city.folder / "tiles" / "fine.tif", draw_blobs(600, 600), 0, 0, transform=place * Affine.scale(7))
+    assert "0.7 m a pixel" in refusal(city, "grid.resolution_m=0.3")
+
+
+def test_coarser_pixels_than_the_models_are_kept_and_the_plan_says_what_would_find_more(city: City) -> None:
+    assert not plan_of(city).notes
+    for name in ("tile1.tif", "tile2.tif"):
+        (city.folder / "tiles" / name).unlink()
+    place = Affine(0.6, 0, 500000, 0, -0.6, 5300000)
+    write_tile(city.folder / "tiles" / "coarse.tif", draw_blobs(600, 600), 0, 0, transform=place)
+    plan = plan_of(city)
+    assert plan.lattice.pixel_size == 0.6
+    assert "`grid: {resolution_m: 0.3}` makes it 4.0 times the pixels" in plan.notes[0]
+    assert not plan_of(city, "grid.resolution_m=0.3", "output=other").notes
 
 
 def test_a_crs_can_be_given_to_tiles_that_have_none(city: City) -> None:
