@@ -34,6 +34,7 @@ LONGEST_HEADER = 100_000_000
 Positive = Annotated[float, Bounded(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Bounded(allow_inf_nan=False)]
 Pixels = Annotated[int, Bounded(ge=0)]
+Side = Annotated[int, Bounded(ge=1)]
 
 
 class BundleError(ValueError):
@@ -54,13 +55,17 @@ class Card(BaseModel):
     """What must be known to use a bundle's weights, and where they come from.
 
     A pixel x of the given dtype reaches the network as (x * scale - mean) / std, and as `fill` where it is invalid.
-    Lengths in pixels, resolutions in metres a pixel on the ground.
+    Lengths in pixels, resolutions in metres a pixel on the ground. module: `package.module:name` of a user's own
+    network, which is then its architecture too. temperature: logits are divided by it before the sigmoid. resize_px:
+    height and width that whole images were resized to in training. halo_px and receptive_field_px are None where the
+    network's field has no bound.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     architecture: str
-    arguments: dict[str, int]
+    arguments: dict[str, JsonValue]
+    module: str | None = None
     bands: Annotated[tuple[str, ...], Bounded(min_length=1)]
     dtype: Literal["uint8"] = "uint8"
     scale: Positive = 1 / 255
@@ -69,9 +74,11 @@ class Card(BaseModel):
     fill: Finite = 0.0
     classes: Annotated[tuple[str, ...], Bounded(min_length=1)] = ("building",)
     threshold: Annotated[float, Bounded(gt=0, lt=1)] = 0.5
+    temperature: Positive = 1.0
+    resize_px: tuple[Side, Side] | None = None
     stride: Annotated[int, Bounded(ge=1)]
-    halo_px: Pixels
-    receptive_field_px: Reach
+    halo_px: Pixels | None
+    receptive_field_px: Reach | None
     effective_halo_px: Pixels | None = None
     resolution_m: Positive
     resolution_range_m: tuple[Positive, Positive]
@@ -87,6 +94,10 @@ class Card(BaseModel):
         low, high = self.resolution_range_m
         if not low <= self.resolution_m <= high:
             raise ValueError(f"resolution_m {self.resolution_m} outside resolution_range_m {low} to {high}")
+        if self.module is not None and self.module != self.architecture:
+            raise ValueError(f"module {self.module!r} of an architecture {self.architecture!r}")
+        if (self.halo_px is None) != (self.receptive_field_px is None):
+            raise ValueError("halo_px and receptive_field_px: expected both or neither")
         return self
 
 

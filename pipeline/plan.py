@@ -512,16 +512,35 @@ def _told_of_resolution(config: CityConfig, metres: float, card: Card) -> list[s
 
 
 def _resolve_halo(config: CityConfig, card: Card) -> tuple[int, list[str]]:
-    asked = config.predict.halo
+    asked, exact_px = config.predict.halo, card.halo_px
+    if exact_px is None:
+        return _resolve_unbounded_halo(asked, card)
     if isinstance(asked, int):
-        note = f"halo of {asked} px is less than the exact {card.halo_px} px: results depend on the block size"
-        return asked, [note] if asked < card.halo_px else []
-    if asked == "exact" or card.halo_px <= LARGEST_AUTO_HALO_PX:
-        return card.halo_px, []
+        note = f"halo of {asked} px is less than the exact {exact_px} px: results depend on the block size"
+        return asked, [note] if asked < exact_px else []
+    if asked == "exact" or exact_px <= LARGEST_AUTO_HALO_PX:
+        return exact_px, []
     if card.effective_halo_px is None:
-        return card.halo_px, [f"the exact halo of {card.halo_px} px is used: no effective one was measured in training"]
-    note = f"effective halo of {card.effective_halo_px} px (exact: {card.halo_px}): results depend on the block size"
+        return exact_px, [f"the exact halo of {exact_px} px is used: no effective one was measured in training"]
+    note = f"effective halo of {card.effective_halo_px} px (exact: {exact_px}): results depend on the block size"
     return card.effective_halo_px, [note]
+
+
+def _resolve_unbounded_halo(asked: int | str, card: Card) -> tuple[int, list[str]]:
+    """The halo for a network that sees the whole of its window, however large: no halo is exact."""
+    note = f"every pixel of a window matters to {card.architecture}: results depend on the block size"
+    if isinstance(asked, int):
+        return asked, [f"halo of {asked} px; {note}"]
+    if asked == "exact":
+        raise UserError(
+            f"predict.halo: exact, but the field of {card.architecture} has no bound; expected auto or pixels"
+        )
+    if card.effective_halo_px is None:
+        raise UserError(
+            f"predict.halo: the field of {card.architecture} has no bound, and no effective halo was measured in"
+            " training; expected pixels, for example `predict: {halo: 256}`"
+        )
+    return card.effective_halo_px, [f"effective halo of {card.effective_halo_px} px; {note}"]
 
 
 def _resolve_recipe(

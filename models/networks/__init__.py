@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .network import Network
 from .unet11 import UNet11
 from .unet_mobilenetv2 import UNetMobileNetV2
@@ -14,7 +16,7 @@ NETWORKS: dict[str, type[Network]] = {
 }
 
 
-def build_network(name: str, **arguments: int) -> Network:
+def build_network(name: str, **arguments: Any) -> Network:
     """A freshly initialised network; arguments are its class's (`bands`, `classes`).
 
     Raises ValueError naming the known networks, or the arguments that the network does not take.

@@ -5,8 +5,6 @@ Axes: B batch, C channels, H rows, W columns, K classes.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
@@ -23,9 +21,9 @@ class UNet11(Network):
     (`encoder.0` is `conv1`, `encoder.3` is `conv2` and so on): the state dict has both keys for the same tensor.
     """
 
-    stride: ClassVar[int] = 32
-    encoder_prefix: ClassVar[str] = "encoder."
-    unused_prefixes: ClassVar[tuple[str, ...]] = ("classifier.",)
+    stride = 32
+    encoder_prefix = "encoder."
+    unused_prefixes = ("classifier.",)
 
     def __init__(self, bands: int = 3, classes: int = 1) -> None:
         super().__init__()

@@ -6,8 +6,6 @@ Axes: B batch, C channels, H rows, W columns, K classes.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -32,9 +30,9 @@ DECODER = ((320, 96, 256), (256, 32, 128), (128, 24, 64), (64, 16, 48), (48, 0, 
 class UNetMobileNetV2(Network):
     """MobileNetV2's features.0 to 17 (1,811,712 parameters) and a decoder of five steps (2,399,601)."""
 
-    stride: ClassVar[int] = 32
-    encoder_prefix: ClassVar[str] = "features."
-    unused_prefixes: ClassVar[tuple[str, ...]] = ("features.18.", "classifier.")
+    stride = 32
+    encoder_prefix = "features."
+    unused_prefixes = ("features.18.", "classifier.")
 
     def __init__(self, bands: int = 3, classes: int = 1) -> None:
         super().__init__()
