@@ -19,10 +19,14 @@ from torch.nn import functional as nnf
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .networks import OwnNetwork
 from .weights import Reach
 
-LONGEST_STRIPE = 64
-"""The longest stripe probed, in strides: a field that reaches further counts as having no bound."""
+SHORTEST_STRIPE = 16
+ROWS_AT_ONCE = 8
+LONGEST_STRIPE = 128
+LONGEST_OWN_STRIPE = 64
+"""The stripes probed, in strides: a field that reaches further than half of the longest counts as having no bound."""
 
 
 @dataclass(frozen=True)
@@ -30,55 +34,159 @@ class Field:
     """receptive_field_px: how far one output pixel sees, at worst over the phases of the stride.
 
     halo_px: the smallest multiple of the stride that makes a stride-aligned core exact: pixels further from the core
-    do not reach it.
+    do not reach it. Both None: the field has no bound (attention, global pooling).
     """
 
-    receptive_field_px: Reach
-    halo_px: int
+    receptive_field_px: Reach | None
+    halo_px: int | None
+
+
+@dataclass(frozen=True)
+class _Reach1D:
+    """Along one axis: how far one output pixel sees before and after itself, and an aligned core beyond its edges."""
+
+    before_px: int
+    after_px: int
+    need_px: int
 
 
 def probe_field(network: nn.Module, stride: int, bands: int) -> Field:
-    """The field of a network whose output has the height and width of its input.
+    """The field of a network, along its rows and along its columns.
 
-    One row of ones at a time, at every phase of the stride, is sent down a stripe one stride wide, in float64 through
-    the network's own layers with every weight positive and every activation the identity, so that no influence can
-    cancel or die; then the same for columns. Raises ValueError if the field has no bound (global pooling, attention).
+    The networks of this package run in float64 through their own layers with every weight positive and every activation
+    the identity, so that no influence can cancel or die. Of a user's own network nothing is known: there the gradients
+    are looked at. Raises ValueError for logits of another height and width than the image's less the network's border,
+    and for an own network that does not repeat itself every stride.
     """
+    probe = _reach_by_gradients if isinstance(network, OwnNetwork) else _reach_of_ones
     with _in_eval_mode(network):
-        rows = _reach_by_phase(network, stride, bands, axis=2)
-        cols = _reach_by_phase(network, stride, bands, axis=3)
-    phase = np.arange(stride)
-    # The outermost pixels of an aligned core lie at phase 0 on one side and stride - 1 on the other; those further in
-    # have that much of their reach inside the core.
-    need = max(int(max((before - phase).max(), (after - phase[::-1]).max())) for before, after in (rows, cols))
-    (up, down), (left, right) = ((int(before.max()), int(after.max())) for before, after in (rows, cols))
-    return Field(Reach(up=up, down=down, left=left, right=right), halo_px=-(-max(need, 0) // stride) * stride)
+        rows = probe(network, stride, bands, axis=2)
+        cols = probe(network, stride, bands, axis=3) if rows else None
+    if rows is None or cols is None:
+        return Field(None, None)
+    need = max(0, rows.need_px, cols.need_px)
+    reach = Reach(up=rows.before_px, down=rows.after_px, left=cols.before_px, right=cols.after_px)
+    return Field(reach, halo_px=-(-need // stride) * stride)
 
 
-def _reach_by_phase(
-    network: nn.Module, stride: int, bands: int, axis: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How many pixels before and after itself an output pixel sees along an axis, by its phase in the stride."""
-    length = 16 * stride
+def _reach_of_ones(network: nn.Module, stride: int, bands: int, axis: int) -> _Reach1D | None:
+    """One row (or column) of ones at a time, at every phase of the stride, sent down a stripe as narrow as it may be.
+
+    None if the reach is more than half of the longest stripe.
+    """
+    border, remainder = (getattr(network, name, 0) for name in ("border_px", "remainder_px"))
+    width = remainder + -(-(2 * border + 1 - remainder) // stride) * stride
+    length = SHORTEST_STRIPE * stride
     while length <= LONGEST_STRIPE * stride:
         first = length // 2 // stride * stride
-        stripe_BCHW = torch.zeros(stride, bands, length, stride, dtype=torch.float64)
-        stripe_BCHW[torch.arange(stride), :, first + torch.arange(stride)] = 1.0
-        image_BCHW = stripe_BCHW if axis == 2 else stripe_BCHW.transpose(2, 3).contiguous()
-        with torch.inference_mode(), _PositiveLayers():
-            output_BKHW = network(image_BCHW)
-        if output_BKHW.shape[2:] != image_BCHW.shape[2:]:
-            raise ValueError(f"output of {tuple(output_BKHW.shape[2:])} px from {tuple(image_BCHW.shape[2:])} px")
-        seen = output_BKHW.sum(dim=(1, 5 - axis)).numpy() > 0
+        shape = (bands, length + remainder, width) if axis == 2 else (bands, width, length + remainder)
+        seen = np.concatenate(
+            [
+                _rows_reached(network, shape, first + phases, axis, border)
+                for phases in torch.arange(stride).split(ROWS_AT_ONCE)
+            ]
+        )
         if not seen[:, : 2 * stride].any() and not seen[:, -2 * stride :].any():
             source, target = np.nonzero(seen)
-            distance, phase = target - (first + source), target % stride
-            before, after = np.zeros(stride, np.int64), np.zeros(stride, np.int64)
-            np.maximum.at(before, phase, distance)
-            np.maximum.at(after, phase, -distance)
-            return before, after
+            distance, phase = target + border - (first + source), (target + border) % stride
+            # The outermost pixels of an aligned core lie at phase 0 on one side and stride - 1 on the other; those
+            # further in have that much of their reach inside the core.
+            need = max(int((distance - phase).max()), int((-distance - (stride - 1 - phase)).max()))
+            return _Reach1D(int(distance.max()), int(-distance.min()), need)
         length *= 2
-    raise ValueError(f"the network sees further than {LONGEST_STRIPE // 2 * stride} px: its field has no bound")
+    return None
+
+
+def _rows_reached(
+    network: nn.Module, shape: tuple[int, ...], rows: Tensor, axis: int, border: int
+) -> NDArray[np.bool_]:
+    """For each row (or column) of an image which rows of the output it reaches, (len(rows), length of the output)."""
+    image_BCHW = torch.zeros(len(rows), *shape, dtype=torch.float64)
+    ones_BCHW = image_BCHW if axis == 2 else image_BCHW.transpose(2, 3)
+    ones_BCHW[torch.arange(len(rows)), :, rows] = 1.0
+    with torch.inference_mode(), _PositiveLayers():
+        output_BKHW = network(image_BCHW)
+    _check_size(image_BCHW, output_BKHW, border)
+    reached: NDArray[np.bool_] = output_BKHW.sum(dim=(1, 5 - axis)).numpy() > 0
+    return reached
+
+
+def _reach_by_gradients(network: nn.Module, stride: int, bands: int, axis: int) -> _Reach1D | None:
+    """What a core of one stride sees, which bounds what one of its pixels does: for any network.
+
+    In float64 with random positive weights and pixels, so that no influence cancels; activations are the identity and
+    the largest of a pool its mean, so that none dies. Gates, normalisations and attention stay what they are. None if
+    the reach is more than half of the longest stripe. Raises ValueError if the core after it does not see the same.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tensors = (*network.named_parameters(), *network.named_buffers())
+    state = {name: _positive(tensor, generator) for name, tensor in tensors}
+    length = SHORTEST_STRIPE * stride
+    while length <= LONGEST_OWN_STRIPE * stride:
+        core = length // 2 // stride * stride
+        stripe_BCHW = torch.rand(1, bands, length, 2 * stride, dtype=torch.float64, generator=generator)
+        image_BCHW = (stripe_BCHW if axis == 2 else stripe_BCHW.transpose(2, 3).contiguous()).requires_grad_()
+        with _SmoothLayers():
+            output_BKHW = torch.func.functional_call(network, state, (image_BCHW,))
+        _check_size(image_BCHW, output_BKHW, 0)
+        rows = output_BKHW.sum(dim=(0, 1, 5 - axis))
+        whole = _rows_seen(rows[core : core + stride].sum(), image_BCHW, axis)
+        beyond = _rows_seen(rows[core + stride : core + 2 * stride].sum(), image_BCHW, axis)
+        if whole.start >= 2 * stride and beyond.stop <= length - 2 * stride:
+            if (beyond.start - stride, beyond.stop - stride) != (whole.start, whole.stop):
+                raise ValueError(
+                    f"cores {stride} px apart do not see the same around them: the network needs an attribute `stride`,"
+                    " the number of pixels of which height and width must be multiples"
+                )
+            # One pixel of the core sees no more than the whole core: so far from its other end at most.
+            before_px, after_px = core + stride - 1 - whole.start, whole.stop - 1 - core
+            return _Reach1D(before_px, after_px, need_px=max(before_px, after_px) - (stride - 1))
+        length *= 2
+    return None
+
+
+def _rows_seen(output: Tensor, image_BCHW: Tensor, axis: int) -> slice:
+    """From the first to behind the last row of the image that an output depends on."""
+    (gradient_BCHW,) = torch.autograd.grad(output, image_BCHW, retain_graph=True)
+    seen = gradient_BCHW.ne(0).any(dim=5 - axis).any(dim=1)[0].nonzero()
+    if not len(seen):
+        raise ValueError("the logits do not depend on the image")
+    return slice(int(seen[0]), int(seen[-1]) + 1)
+
+
+def _check_size(image_BCHW: Tensor, output_BKHW: Tensor, border: int) -> None:
+    expected = tuple(side - 2 * border for side in image_BCHW.shape[2:])
+    if tuple(output_BKHW.shape[2:]) != expected:
+        raise ValueError(
+            f"logits of {tuple(output_BKHW.shape[2:])} px from an image of {tuple(image_BCHW.shape[2:])} px;"
+            f" expected {expected}"
+        )
+
+
+def _positive(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Random weights between 0.5 and 1.5, over the number of them that make one output: sums stay of one size."""
+    if not tensor.is_floating_point():
+        return tensor
+    fan_in = tensor[0].numel() if tensor.ndim > 1 else 1
+    return (0.5 + torch.rand(tensor.shape, dtype=torch.float64, generator=generator)) / fan_in
+
+
+class _SmoothLayers(TorchFunctionMode):
+    """Runs a network with activations as the identity and max pools as mean pools; all else as it is."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Stands in for every torch function that the network calls."""
+        if func in _ACTIVATIONS:
+            return args[0]
+        if func in _MAX_POOLS:
+            return _mean_pool(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 class _PositiveLayers(TorchFunctionMode):
@@ -104,23 +212,33 @@ class _PositiveLayers(TorchFunctionMode):
         if func is torch.conv_transpose2d:
             return _ones_convolution(nnf.conv_transpose2d, *args, **kwargs)
         if func in _MAX_POOLS:
-            options = {name: kwargs[name] for name in ("kernel_size", "stride", "padding") if name in kwargs}
-            return nnf.avg_pool2d(*args[:4], **options)
+            return _mean_pool(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-_IDENTITIES = {
+_ACTIVATIONS = {
     nnf.relu,
     nnf.relu6,
     nnf.hardtanh,
-    nnf.batch_norm,
+    nnf.leaky_relu,
+    nnf.elu,
+    nnf.gelu,
+    nnf.silu,
+    nnf.hardswish,
     torch.relu,
     torch.relu_,
     Tensor.relu,
     Tensor.relu_,
-    Tensor.contiguous,
 }
+_IDENTITIES = {*_ACTIVATIONS, nnf.batch_norm, Tensor.contiguous}
 _MAX_POOLS = {nnf.max_pool2d, torch.max_pool2d}
+
+
+def _mean_pool(
+    x_BCHW: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, *options: Any, **named: Any
+) -> Tensor:
+    """A mean pool in place of a max pool; dilation and what else is said of it are left out."""
+    return nnf.avg_pool2d(x_BCHW, kernel_size, stride, padding)
 
 
 def _ones_convolution(
@@ -146,7 +264,7 @@ def _ones_convolution(
     return convolution(total, kernel, None, stride=stride, padding=padding, dilation=dilation, **named)
 
 
-def peak_bytes_per_px(network: nn.Module, dtype: torch.dtype, bands: int = 3, window_px: int = 256) -> float:
+def peak_bytes_per_px(network: nn.Module, dtype: torch.dtype, bands: int = 3, window_px: int = 2048) -> float:
     """Most bytes of activations alive at once in one forward pass, for each pixel of the window.
 
     Input and output included; weights and the scratch space of the convolution library not. Nothing is computed: the
@@ -154,7 +272,8 @@ def peak_bytes_per_px(network: nn.Module, dtype: torch.dtype, bands: int = 3, wi
     """
     state = {name: _meta(tensor, dtype) for name, tensor in (*network.named_parameters(), *network.named_buffers())}
     with _in_eval_mode(network), torch.inference_mode(), _LiveStorages() as live:
-        image_BCHW = torch.empty(1, bands, window_px, window_px, dtype=dtype, device="meta")
+        side = window_px + getattr(network, "remainder_px", 0)
+        image_BCHW = torch.empty(1, bands, side, side, dtype=dtype, device="meta")
         torch.func.functional_call(network, state, (image_BCHW,))
     peak_bytes: int = live.peak_bytes
     return peak_bytes / window_px**2

@@ -5,14 +5,16 @@ Axes: B batch, C band, K class, H row, W column.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from PIL.Image import Resampling
 from torch import Tensor
 
-from .weights import Bundle
+from .weights import Bundle, Card
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -25,6 +27,23 @@ LEAST_STRIDES = 16
 On a map less than 16 columns wide oneDNN's convolutions add up in another order than on wider ones (tried on AVX512,
 float32, 1 and 2 threads), so the last bit of a pixel would depend on the size of its window.
 """
+
+
+CORE_PX = 1024
+"""Images are predicted in cores of this size, rounded up to whole strides."""
+D4 = tuple((turns, flipped) for flipped in (False, True) for turns in range(4))
+"""The eight ways to lay a square onto itself: quarter turns, and whether it is flipped after them."""
+
+
+def halo_of(card: Card) -> int:
+    """The halo to predict with where no plan says so: the exact one, else what was measured in training.
+
+    Raises ValueError for a network whose field has no bound and was not measured.
+    """
+    halo_px = card.effective_halo_px if card.halo_px is None else card.halo_px
+    if halo_px is None:
+        raise ValueError(f"the field of {card.architecture} has no bound, and no effective halo was measured")
+    return -(-halo_px // card.stride) * card.stride
 
 
 def resolve_device() -> torch.device:
@@ -55,9 +74,19 @@ def _has_avx512_bf16() -> bool:
 
 
 class Predictor:
-    """Holds a bundle's network on a device, in one precision, with a number of threads on a CPU."""
+    """Holds a bundle's network on a device, in one precision, with a number of threads on a CPU.
 
-    def __init__(self, bundle: Bundle, device: torch.device, precision: Precision, threads: int) -> None:
+    tta: d4 gives the mean probability over the eight ways to turn and flip the window.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: torch.device,
+        precision: Precision,
+        threads: int,
+        tta: Literal["none", "d4"] = "none",
+    ) -> None:
         torch.set_num_threads(threads)
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
@@ -66,25 +95,36 @@ class Predictor:
         self.card = bundle.card
         self.device = device
         self.dtype = torch.float32 if precision == "float32" else torch.bfloat16
+        self.ways = D4 if tta == "d4" else D4[:1]
         self.network = bundle.network.eval().to(device, self.dtype)
         for parameter in self.network.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def predict(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
-        """Probabilities of one window, prob_HW: 0 to 250 for 0 to 1, 255 where the pixel is invalid."""
-        height, width = valid_HW.shape
+        """Probabilities of one window, prob_HW: 0 to 250 for 0 to 1, 255 where the pixel is invalid.
+
+        The window starts on the stride's lattice. A network whose logits are smaller than the image gives no answer
+        in the window's outer stride-aligned border, and 255 there too.
+        """
         with torch.inference_mode():
-            image_BCHW = self.normalise(image_CHW, valid_HW)
-            least = LEAST_STRIDES * self.card.stride
-            margin = (0, max(0, least - width), 0, max(0, least - height))
-            if any(margin):
-                image_BCHW = torch.nn.functional.pad(image_BCHW, margin, value=self.card.fill)
-                image_BCHW = image_BCHW.contiguous(memory_format=torch.channels_last)
-            logits_BKHW = self.network(image_BCHW)[..., :height, :width]
-            prob_HW = torch.sigmoid(logits_BKHW[0, 0].float())
-            stored_HW: NDArray[np.uint8] = torch.round(prob_HW * FULL_U8).to(torch.uint8).cpu().numpy()
+            prob_HW = self._probabilities(self.normalise(image_CHW, valid_HW))
+            stored = torch.round(prob_HW * FULL_U8).nan_to_num(INVALID_U8)
+            stored_HW: NDArray[np.uint8] = stored.to(torch.uint8).cpu().numpy()
         return np.where(valid_HW, stored_HW, np.uint8(INVALID_U8))
+
+    def predict_image(
+        self, image_HWC: NDArray[np.uint8], valid_HW: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.float32]:
+        """Probabilities of an image of any size, prob_HW from 0 to 1, NaN where invalid: as if surrounded by fill.
+
+        Large images go through in cores with their halo. Where the bundle was trained on resized images, the image is
+        resized and the probabilities are resized back. Raises ValueError for other bands or another dtype.
+        """
+        image_CHW, valid_HW = self._checked(image_HWC, valid_HW)
+        with torch.inference_mode():
+            prob_HW = self._resized(image_CHW, valid_HW) if self.card.resize_px else self._in_cores(image_CHW, valid_HW)
+        return np.where(valid_HW, prob_HW, np.float32(np.nan))
 
     def normalise(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> Tensor:
         """What the network sees, image_BCHW: (x * scale - mean) / std in float32, the card's fill where invalid."""
@@ -96,3 +136,93 @@ class Predictor:
         invalid_HW = torch.from_numpy(~valid_HW).to(self.device)
         image_BCHW = image_BCHW.masked_fill(invalid_HW, card.fill)
         return image_BCHW.to(self.dtype).contiguous(memory_format=torch.channels_last)
+
+    def _probabilities(self, image_BCHW: Tensor, least_px: int | None = None) -> Tensor:
+        """The mean of all ways, prob_HW in float32; NaN where the network gives no answer."""
+        total_HW = torch.zeros(image_BCHW.shape[2:], device=self.device)
+        for turns, flipped in self.ways:
+            turned = torch.rot90(image_BCHW, turns, (2, 3))
+            turned = turned.flip(3) if flipped else turned
+            logits_HW = self._logits(turned, least_px)
+            prob_HW = torch.sigmoid(logits_HW / self.card.temperature)
+            prob_HW = prob_HW.flip(1) if flipped else prob_HW
+            total_HW += torch.rot90(prob_HW, -turns, (0, 1))
+        return total_HW / len(self.ways)
+
+    def _logits(self, image_BCHW: Tensor, least_px: int | None) -> Tensor:
+        """Logits of the first class, logits_HW in float32; NaN within the network's border."""
+        height, width = image_BCHW.shape[2:]
+        border = self.network.border_px
+        tall, wide = (self._side(length, least_px) for length in (height, width))
+        margin = (0, wide - width, 0, tall - height)
+        if any(margin):
+            # A negative margin cuts off what no answer depends on.
+            image_BCHW = torch.nn.functional.pad(image_BCHW, margin, value=self.card.fill)
+        logits_BKHW: Tensor = self.network(image_BCHW.contiguous(memory_format=torch.channels_last))
+        logits_HW = logits_BKHW[0, 0, : height - border, : width - border].float()
+        if not border:
+            return logits_HW
+        rest = (border, width - border - logits_HW.shape[1], border, height - border - logits_HW.shape[0])
+        return torch.nn.functional.pad(logits_HW, rest, value=float("nan"))
+
+    def _side(self, length: int, least_px: int | None) -> int:
+        """How long a side of the network's input is for a window's.
+
+        Up to the next multiple of the stride, and so many strides at least that the coarsest map is wide enough. A
+        network with a remainder is given one stride less, and its remainder.
+        """
+        network, stride = self.network, self.card.stride
+        least = LEAST_STRIDES * stride + 2 * network.border_px if least_px is None else least_px
+        whole = -(-max(length, least) // stride) * stride
+        return whole - (stride - network.remainder_px if network.remainder_px else 0)
+
+    def _checked(
+        self, image_HWC: NDArray[np.uint8], valid_HW: NDArray[np.bool_] | None
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        bands = len(self.card.bands)
+        if image_HWC.ndim != 3 or image_HWC.shape[2] != bands or image_HWC.dtype != np.uint8:
+            raise ValueError(
+                f"image of shape {image_HWC.shape} and {image_HWC.dtype}; expected (height, width, {bands}) and uint8:"
+                f" {', '.join(self.card.bands)}"
+            )
+        if valid_HW is None:
+            valid_HW = np.ones(image_HWC.shape[:2], np.bool_)
+        if valid_HW.shape != image_HWC.shape[:2]:
+            raise ValueError(f"valid of shape {valid_HW.shape}; expected {image_HWC.shape[:2]}, the image's")
+        return np.ascontiguousarray(np.moveaxis(image_HWC, 2, 0)), valid_HW.astype(np.bool_)
+
+    def _in_cores(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Core by core, each with its halo, which is fill outside the image."""
+        halo_px = halo_of(self.card)
+        height, width = valid_HW.shape
+        core_px = -(-CORE_PX // self.card.stride) * self.card.stride
+        prob_HW = np.empty((height, width), np.float32)
+        for row in range(0, height, core_px):
+            for col in range(0, width, core_px):
+                stop_row, stop_col = min(row + core_px, height), min(col + core_px, width)
+                sides = ((row - halo_px, stop_row + halo_px, height), (col - halo_px, stop_col + halo_px, width))
+                rows, cols = (slice(max(start, 0), min(stop, end)) for start, stop, end in sides)
+                around = [(rows.start - row + halo_px, stop_row + halo_px - rows.stop)]
+                around += [(cols.start - col + halo_px, stop_col + halo_px - cols.stop)]
+                window_CHW = np.pad(image_CHW[:, rows, cols], [(0, 0), *around])
+                inside_HW = np.pad(valid_HW[rows, cols], around)
+                seen_HW = self._probabilities(self.normalise(window_CHW, inside_HW)).cpu().numpy()
+                core_HW = seen_HW[halo_px : halo_px + stop_row - row, halo_px : halo_px + stop_col - col]
+                prob_HW[row:stop_row, col:stop_col] = core_HW
+        return prob_HW
+
+    def _resized(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """One pass over the whole image at the size of training, as the network saw it there; and back."""
+        height, width = self.card.resize_px or valid_HW.shape
+        small_CHW = np.stack([_resize(band_HW, (width, height), Resampling.BILINEAR) for band_HW in image_CHW])
+        small_HW = _resize(valid_HW.astype(np.uint8), (width, height), Resampling.NEAREST) != 0
+        border = -(-self.network.border_px // self.card.stride) * self.card.stride
+        around = [(border, border), (border, border)]
+        image_BCHW = self.normalise(np.pad(small_CHW, [(0, 0), *around]), np.pad(small_HW, around))
+        prob_HW = self._probabilities(image_BCHW, least_px=0)[border : border + height, border : border + width]
+        return _resize(prob_HW.cpu().numpy(), valid_HW.shape[::-1], Resampling.BILINEAR)
+
+
+def _resize(band_HW: NDArray[Any], size_xy: tuple[int, int], how: Resampling) -> NDArray[Any]:
+    """One band at another size, as PIL does it in training."""
+    return np.asarray(Image.fromarray(band_HW).resize(size_xy, how))

@@ -1,7 +1,7 @@
 """Model bundles: one .safetensors file that holds a network's weights and, as JSON in its header, its card.
 
-Reading a card needs no torch: a run that finds everything done never imports it. Pickles are never loaded, except by
-`import_checkpoint` and `load_encoder` for published files, and then by torch.load(weights_only=True).
+Reading a card needs no torch: a run that finds everything done never imports it. Pickles are never loaded here:
+`checkpoints` reads published ones.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
-import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -20,9 +18,12 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_va
 from pydantic import Field as Bounded
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from .networks import Network
+    from .predictor import Predictor
 
 METADATA_KEY = "segpipe"
 SUFFIX = ".safetensors"
@@ -94,8 +95,8 @@ class Card(BaseModel):
         low, high = self.resolution_range_m
         if not low <= self.resolution_m <= high:
             raise ValueError(f"resolution_m {self.resolution_m} outside resolution_range_m {low} to {high}")
-        if self.module is not None and self.module != self.architecture:
-            raise ValueError(f"module {self.module!r} of an architecture {self.architecture!r}")
+        if self.module != (self.architecture if ":" in self.architecture else None):
+            raise ValueError(f"module {self.module!r} for the architecture {self.architecture!r}")
         if (self.halo_px is None) != (self.receptive_field_px is None):
             raise ValueError("halo_px and receptive_field_px: expected both or neither")
         return self
@@ -107,6 +108,26 @@ class Bundle:
 
     network: Network
     card: Card
+
+    def predict(self, image_HWC: NDArray[np.uint8], valid_HW: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
+        """Probabilities of an image of any size, prob_HW from 0 to 1; NaN where it is said to be invalid.
+
+        In float32, on the GPU if there is one; the same as `run` gives. Bands as in the card. Raises ValueError for
+        another number of bands or another dtype.
+        """
+        return self._predictor.predict_image(image_HWC, valid_HW)
+
+    @cached_property
+    def _predictor(self) -> Predictor:
+        import copy
+
+        import torch
+
+        from .predictor import Predictor, resolve_device
+
+        # A copy: a predictor moves its network to its device.
+        own = Bundle(copy.deepcopy(self.network), self.card)
+        return Predictor(own, resolve_device(), "float32", torch.get_num_threads())
 
 
 def file_digest(path: Path) -> str:
@@ -190,14 +211,17 @@ def save_bundle(path: Path, network: Network, card: Card, half: bool = False) ->
     import safetensors.torch
     import torch
 
-    from .networks import NETWORKS
+    from .checkpoints import keys_by_tensor
+    from .networks import is_own, network_name
 
-    if type(network) is not NETWORKS.get(card.architecture):
+    if network_name(network) != card.architecture:
         raise ValueError(f"card of {card.architecture!r} for a network of class {type(network).__name__}")
+    if is_own(card.architecture) != (card.module is not None):
+        raise ValueError(f"card of {card.architecture!r} with module {card.module!r}")
     card = card.model_copy(update={"weights_dtype": "float16" if half else "float32"})
     parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     tensors: dict[str, torch.Tensor] = {}
-    for names, tensor in _keys_by_tensor(network):
+    for names, tensor in keys_by_tensor(network):
         stored = tensor.detach().cpu().contiguous()
         if stored.is_floating_point():
             halved = stored.to(torch.float16)
@@ -217,24 +241,22 @@ def save_bundle(path: Path, network: Network, card: Card, half: bool = False) ->
     return card
 
 
-def load_bundle(path: Path | str) -> Bundle:
+def load_bundle(path: Path | str, allowed_module: str | None = None) -> Bundle:
     """The network of a bundle, in eval mode and float32, with its card.
 
-    Raises BundleError if the file is no bundle, its architecture is unknown, or its weights do not fit.
+    allowed_module: `package.module:name` of the user's own network that may be imported and run; a bundle never says
+    so itself. Raises BundleError if the file is no bundle, its architecture is unknown or not allowed, or its weights
+    do not fit.
     """
     import safetensors.torch
     import torch
 
-    from .networks import build_network
+    from .checkpoints import fitted_state
 
     path = Path(path)
     card = read_card(path)
-    try:
-        # On the meta device nothing is initialised, so the random state of the process is left as it was.
-        with torch.device("meta"):
-            network = build_network(card.architecture, **card.arguments)
-    except ValueError as error:
-        raise BundleError(f"{path}: {error}") from error
+    check_module(path, card, allowed_module)
+    network = _blank_network(path, card)
     try:
         state = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
@@ -242,11 +264,36 @@ def load_bundle(path: Path | str) -> Bundle:
     # Channels-last weights make every pass channels-last, however the image lies in memory: the same sums everywhere.
     fitted = {
         name: value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
-        for name, value in _fitted_state(network, state, path).items()
+        for name, value in fitted_state(network, state, path).items()
     }
     network.load_state_dict(fitted, assign=True)
     network.eval().requires_grad_(requires_grad=False)
     return Bundle(network, card)
+
+
+def check_module(path: Path, card: Card, allowed_module: str | None) -> None:
+    """BundleError if a bundle's network is a user's own and not the allowed one: no file decides what code runs."""
+    if card.module is not None and card.module != allowed_module:
+        instead = "" if allowed_module is None else f", not of {allowed_module}"
+        raise BundleError(
+            f"{path}: weights of the network {card.module}{instead}, whose code the bundle does not hold; if you have"
+            f" and trust that code, say so in the YAML: `module: {card.module}`"
+        )
+
+
+def _blank_network(path: Path, card: Card) -> Network:
+    """The network of a card without its weights, the random state of the process left as it was."""
+    import torch
+
+    from .networks import build_network
+
+    # On the meta device nothing is initialised. A user's own network may compute when it is built.
+    device = torch.device("meta" if card.module is None else "cpu")
+    try:
+        with torch.random.fork_rng(devices=[]), device:
+            return build_network(card.architecture, **card.arguments)
+    except ValueError as error:
+        raise BundleError(f"{path}: {error}") from error
 
 
 def import_checkpoint(
@@ -267,26 +314,24 @@ def import_checkpoint(
     """
     import torch
 
+    from .checkpoints import adopt_checkpoint, read_checkpoint
     from .field import probe_field
-    from .networks import build_network
+    from .networks import NETWORKS, build_network
 
+    if architecture not in NETWORKS:
+        raise BundleError(f"network {architecture!r} is not known: expected one of {', '.join(sorted(NETWORKS))}")
+    state = read_checkpoint(source)
+    arguments: dict[str, JsonValue] = {"bands": 3, "classes": 1, **NETWORKS[architecture].arguments_of(state)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            network = build_network(architecture)
-        except ValueError as error:
-            raise BundleError(str(error)) from error
-    state = _load_checkpoint(source)
-    if _is_encoder(state):
-        _adopt_encoder(network, state, source)
+        network = build_network(architecture, **arguments)
+    origin = f"the whole network from {source.name}"
+    if adopt_checkpoint(network, state, source):
         origin = f"encoder from {source.name}; decoder untrained, initialised with seed {seed}"
-    else:
-        network.load_state_dict(_fitted_state(network, state, source))
-        origin = f"the whole network from {source.name}"
     field = probe_field(network, network.stride, bands=3)
     card = Card(
         architecture=architecture,
-        arguments={"bands": 3, "classes": 1},
+        arguments=arguments,
         bands=("red", "green", "blue"),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
@@ -307,101 +352,6 @@ def load_encoder(network: Network, source: Path) -> None:
 
     Raises BundleError if the file is not the one of this encoder.
     """
-    state = _load_checkpoint(source)
-    if not _is_encoder(state):
-        raise BundleError(f"{source}: not an ImageNet encoder in torchvision's layout: no keys `features.*`, or others")
-    _adopt_encoder(network, state, source)
+    from .checkpoints import adopt_checkpoint, read_checkpoint
 
-
-def _load_checkpoint(source: Path) -> dict[str, torch.Tensor]:
-    """A state dict out of a foreign pickle: a wrapping {'model': ...} and DataParallel's `module.` are taken off."""
-    import torch
-
-    try:
-        loaded = torch.load(source, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise BundleError(f"{source}: cannot be read: {error.strerror or error}") from error
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise BundleError(
-            f"{source}: not a PyTorch state dict that can be loaded with weights only ({_first_line(error)})"
-        ) from error
-    for wrapper in ("model", "state_dict"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
-        raise BundleError(f"{source}: expected a state dict (names to tensors), found {type(loaded).__name__}")
-    return {str(name).removeprefix("module."): tensor for name, tensor in loaded.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")[:160]
-
-
-def _is_encoder(state: Mapping[str, torch.Tensor]) -> bool:
-    return all(name.startswith(("features.", "classifier.")) for name in state)
-
-
-def _adopt_encoder(network: Network, state: Mapping[str, torch.Tensor], source: Path) -> None:
-    used = {
-        network.encoder_prefix + name.removeprefix("features."): tensor
-        for name, tensor in state.items()
-        if not name.startswith(network.unused_prefixes)
-    }
-    # The decoder's own values stand in for what the file does not hold, so that everything else is strict.
-    encoder = {name for names, _ in _keys_by_tensor(network) if _in_encoder(network, names) for name in names}
-    own = {name: tensor for name, tensor in network.state_dict().items() if name not in encoder}
-    network.load_state_dict(_fitted_state(network, own | used, source))
-
-
-def _in_encoder(network: Network, names: tuple[str, ...]) -> bool:
-    return any(name.startswith(network.encoder_prefix) for name in names)
-
-
-def _keys_by_tensor(network: Network) -> list[tuple[tuple[str, ...], torch.Tensor]]:
-    """Every tensor of the state dict once, with all the keys that it goes by."""
-    groups: dict[int, tuple[tuple[str, ...], torch.Tensor]] = {}
-    for name, tensor in network.state_dict(keep_vars=True).items():
-        names, _ = groups.get(id(tensor), ((), tensor))
-        groups[id(tensor)] = (*names, name), tensor
-    return list(groups.values())
-
-
-def _fitted_state(network: Network, state: Mapping[str, torch.Tensor], source: Path) -> dict[str, torch.Tensor]:
-    """The state with all keys that the network has, in its dtypes.
-
-    Keys of one tensor stand in for each other and must be equal where several are given; an absent
-    `num_batches_tracked` is 0. Anything else missing, unexpected or of another shape is a BundleError.
-    """
-    import torch
-
-    fitted: dict[str, torch.Tensor] = {}
-    missing: list[str] = []
-    misfits: list[str] = []
-    for names, own in _keys_by_tensor(network):
-        given = [name for name in names if name in state]
-        if not given and names[0].endswith("num_batches_tracked"):
-            value = torch.zeros((), dtype=own.dtype)
-        elif not given:
-            missing.append(names[0])
-            continue
-        else:
-            value = state[given[0]]
-        if value.shape != own.shape:
-            misfits.append(f"{given[0]} is {tuple(value.shape)}, expected {tuple(own.shape)}")
-            continue
-        for other in given[1:]:
-            if not torch.equal(state[other], value):
-                raise BundleError(f"{source}: {given[0]} and {other} are one tensor in the network, but differ")
-        if not bool(value.isfinite().all()):
-            raise BundleError(f"{source}: {names[0]} holds values that are not finite")
-        fitted |= dict.fromkeys(names, value.to(own.dtype))
-    unexpected = sorted(set(state) - set(network.state_dict()))
-    counted = (("missing", missing), ("unexpected", unexpected), ("of another shape", misfits))
-    faults = [f"{len(keys)} keys {what} ({_some(keys)})" for what, keys in counted if keys]
-    if faults:
-        raise BundleError(f"{source}: not the weights of {type(network).__name__}: {'; '.join(faults)}")
-    return fitted
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+    adopt_checkpoint(network, read_checkpoint(source), source)

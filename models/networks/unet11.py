@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as nnf
 
 from .network import Network
+from .upsample import Transposed3
+from .vgg import VGG11, vgg_features
 
 FILTERS = 32
 
@@ -22,13 +23,14 @@ class UNet11(Network):
     """
 
     stride = 32
-    encoder_prefix = "encoder."
+    published_encoder = "vgg11"
+    first_layer = "encoder.0.weight"
     unused_prefixes = ("classifier.",)
 
     def __init__(self, bands: int = 3, classes: int = 1) -> None:
         super().__init__()
         self.pool = nn.MaxPool2d(2, 2)
-        self.encoder = _vgg11_features(bands)
+        self.encoder = vgg_features(VGG11, bands)
         self.relu = self.encoder[1]
         self.conv1 = self.encoder[0]
         self.conv2 = self.encoder[3]
@@ -45,6 +47,10 @@ class UNet11(Network):
         self.dec2 = DecoderBlock(128 + 2 * FILTERS, 4 * FILTERS, FILTERS)
         self.dec1 = ConvReLU(64 + FILTERS, FILTERS)
         self.final = nn.Conv2d(FILTERS, classes, kernel_size=1)
+
+    def own_key(self, published: str) -> str:
+        """Torchvision's `features.` is `encoder.` here."""
+        return published.replace("features.", "encoder.", 1)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Logits_BKHW of a normalised image; H and W multiples of 32."""
@@ -85,7 +91,7 @@ class DecoderBlock(nn.Module):
         super().__init__()
         self.block = nn.Sequential(
             ConvReLU(in_channels, middle_channels),
-            Upsample(middle_channels, out_channels),
+            Transposed3(middle_channels, out_channels),
             nn.ReLU(inplace=True),
         )
 
@@ -93,51 +99,3 @@ class DecoderBlock(nn.Module):
         """H and W doubled."""
         y_BCHW: Tensor = self.block(x_BCHW)
         return y_BCHW
-
-
-class Upsample(nn.ConvTranspose2d):
-    """A transposed 3x3 convolution of stride 2 that doubles H and W.
-
-    In eval mode on a CPU it is computed as plain convolutions, one or two for each parity of output row and column.
-    oneDNN's transposed convolutions, and its plain ones two columns wide, add up in another order at some widths of
-    the input (3 to 5 of 49 tried), and then the last bit of a pixel depends on the size of the window around it.
-    Kernels of one or three columns were the same at every width from 16 columns on.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
-
-    def forward(self, x_BCHW: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """H and W doubled."""
-        if self.training or x_BCHW.is_cuda or x_BCHW.dtype == torch.float64:  # oneDNN has no float64
-            return super().forward(x_BCHW, output_size)
-        batch, _, height, width = x_BCHW.shape
-        shape = batch, self.out_channels, 2 * height, 2 * width
-        y_BCHW = torch.empty(shape, dtype=x_BCHW.dtype, device=x_BCHW.device, memory_format=torch.channels_last)
-        # Along one axis output 2i is w[1] x[i], and output 2i + 1 is w[2] x[i] + w[0] x[i + 1].
-        kernel = self.weight.transpose(0, 1)
-        odd_cols = torch.cat([torch.zeros_like(kernel[..., :1]), kernel[..., 2:], kernel[..., :1]], dim=3)
-        y_BCHW[:, :, 0::2, 0::2] = _convolve(x_BCHW, kernel[:, :, 1:2, 1:2], self.bias)
-        y_BCHW[:, :, 1::2, 0::2] = _convolve(x_BCHW, kernel[:, :, [2, 0], 1:2], self.bias, padding=(1, 0))[:, :, 1:]
-        y_BCHW[:, :, 0::2, 1::2] = _convolve(x_BCHW, odd_cols[:, :, 1:2], self.bias, padding=(0, 1))
-        odd_odd = _convolve(x_BCHW, odd_cols[:, :, 2:3], self.bias, padding=(0, 1))
-        odd_odd[:, :, :-1] += _convolve(x_BCHW, odd_cols[:, :, 0:1], None, padding=(0, 1))[:, :, 1:]
-        y_BCHW[:, :, 1::2, 1::2] = odd_odd
-        return y_BCHW
-
-
-def _convolve(x_BCHW: Tensor, kernel: Tensor, bias: Tensor | None, padding: tuple[int, int] = (0, 0)) -> Tensor:
-    return nnf.conv2d(x_BCHW, kernel.contiguous(memory_format=torch.channels_last), bias, padding=padding)
-
-
-def _vgg11_features(bands: int) -> nn.Sequential:
-    """VGG11's feature layers in torchvision's order (0 to 20); the poolings stand in so that the numbers agree."""
-    layers: list[nn.Module] = []
-    channels = bands
-    for width in (64, None, 128, None, 256, 256, None, 512, 512, None, 512, 512, None):
-        if width is None:
-            layers.append(nn.MaxPool2d(2, 2))
-            continue
-        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
-        channels = width
-    return nn.Sequential(*layers)

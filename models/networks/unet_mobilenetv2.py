@@ -1,14 +1,19 @@
 """A U-Net on MobileNetV2 (Sandler et al., arXiv 1801.04381, table 2), with a light decoder with BatchNorm.
 
-The encoder's keys are torchvision's `features.0` to `features.17`, so its ImageNet file loads as it is.
+With the plain decoder and the top layer it is M-Unet of the transfer-learning study, section 2.1. The encoder's keys
+are torchvision's `features.0` to `features.17` or 18, so its ImageNet file loads as it is.
 Axes: B batch, C channels, H rows, W columns, K classes.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
+from .decoder import decoder as plain_decoder
+from .decoder import expand
 from .network import Network
 
 STAGES = (
@@ -23,22 +28,41 @@ STAGES = (
 )
 SKIPS = (1, 3, 6, 13)
 """Layers of `features` whose output is kept for the decoder: scale 1/2, 1/4, 1/8, 1/16."""
-DECODER = ((320, 96, 256), (256, 32, 128), (128, 24, 64), (64, 16, 48), (48, 0, 32))
-"""Channels in, channels of the skip, channels out of each decoder step."""
+SKIP_CHANNELS = (96, 32, 24, 16, 0)
+"""Channels of the skips, from the coarsest to none at full resolution."""
+TOP_CHANNELS = 1280
+LIGHT_WIDTHS = (256, 128, 64, 48, 32)
+PLAIN_WIDTHS = (512, 256, 128, 64, 32)
 
 
 class UNetMobileNetV2(Network):
-    """MobileNetV2's features.0 to 17 (1,811,712 parameters) and a decoder of five steps (2,399,601)."""
+    """MobileNetV2's features.0 to 17 (1,811,712 parameters) and a decoder of five steps (2,399,601).
+
+    decoder: light, or plain, the wider one of the other U-Nets without BatchNorm. top: read after features.18, which
+    gives 1280 channels. Plain and with the top: 12,382,913 parameters.
+    """
 
     stride = 32
     encoder_prefix = "features."
-    unused_prefixes = ("features.18.", "classifier.")
+    published_encoder = "mobilenet_v2"
+    first_layer = "features.0.0.weight"
 
-    def __init__(self, bands: int = 3, classes: int = 1) -> None:
+    def __init__(
+        self, bands: int = 3, classes: int = 1, decoder: Literal["light", "plain"] = "light", top: bool = False
+    ) -> None:
         super().__init__()
-        self.features = _mobilenetv2_features(bands)
-        self.decoder = nn.ModuleList(DecoderStep(*channels) for channels in DECODER)
-        self.head = nn.Conv2d(DECODER[-1][-1], classes, kernel_size=1)
+        if decoder not in ("light", "plain"):
+            raise ValueError(f"decoder {decoder!r}: expected light or plain")
+        self.unused_prefixes = ("classifier.",) if top else ("features.18.", "classifier.")
+        self.features = _mobilenetv2_features(bands, top)
+        channels = TOP_CHANNELS if top else STAGES[-1][1]
+        if decoder == "plain":
+            self.decoder = plain_decoder(channels, SKIP_CHANNELS, PLAIN_WIDTHS)
+        else:
+            before = (channels, *LIGHT_WIDTHS)
+            steps = zip(before, SKIP_CHANNELS, LIGHT_WIDTHS, strict=False)
+            self.decoder = nn.ModuleList(LightStep(*step) for step in steps)
+        self.head = nn.Conv2d(PLAIN_WIDTHS[-1], classes, kernel_size=1)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Logits_BKHW of a normalised image; H and W multiples of 32."""
@@ -48,9 +72,7 @@ class UNetMobileNetV2(Network):
             x = layer(x)
             if number in SKIPS:
                 skips.append(x)
-        for step in self.decoder:
-            x = step(x, skips.pop())
-        logits_BKHW: Tensor = self.head(x)
+        logits_BKHW: Tensor = self.head(expand(self.decoder, x, skips))
         return logits_BKHW
 
 
@@ -75,7 +97,7 @@ class InvertedResidual(nn.Module):
         return x_BCHW + y_BCHW if self.residual else y_BCHW
 
 
-class DecoderStep(nn.Module):
+class LightStep(nn.Module):
     """Transposed 2x2 convolution, concatenation with the skip, two 3x3 convolutions with BatchNorm and ReLU."""
 
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
@@ -109,12 +131,14 @@ def _conv_norm_relu6(
     )
 
 
-def _mobilenetv2_features(bands: int) -> nn.Sequential:
-    """Torchvision's features.0 to features.17: the stem and 17 inverted residuals."""
+def _mobilenetv2_features(bands: int, top: bool) -> nn.Sequential:
+    """Torchvision's features.0 to features.17: the stem and 17 inverted residuals; and features.18, a 1x1, on top."""
     layers: list[nn.Module] = [_conv_norm_relu6(bands, 32, kernel=3, stride=2)]
     channels = 32
     for expansion, width, repeats, stride in STAGES:
         for repeat in range(repeats):
             layers.append(InvertedResidual(channels, width, stride if repeat == 0 else 1, expansion))
             channels = width
+    if top:
+        layers.append(_conv_norm_relu6(channels, TOP_CHANNELS, kernel=1))
     return nn.Sequential(*layers)
