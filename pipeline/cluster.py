@@ -292,17 +292,45 @@ def _attached(plan: Plan, scheduler: str) -> Iterator[Pool]:
 @contextmanager
 def _local(plan: Plan) -> Iterator[Pool]:
     """A pool on worker processes of this machine, which end with it; what still runs in them then is abandoned."""
+    options = {
+        "nthreads": THREADS_PER_WORKER,
+        "memory_limit": plan.workers.memory_bytes,
+        "resources": {"GPU": 1},
+    }
+    with _local_client(options, _environments(plan, os.environ)) as client:
+        yield Distributed(client, plan, 2 * plan.workers.count * THREADS_PER_WORKER)
+
+
+def call_each(function: Callable[..., None], calls: Sequence[tuple[Any, ...]], workers: int) -> Iterator[int]:
+    """Call a function of a module with each of the arguments, on worker processes; gives how many are done so far.
+
+    With one worker, or for one call, in this process. The first error ends it all.
+    """
+    if min(workers, len(calls)) < 2:
+        for done, arguments in enumerate(calls, start=1):
+            function(*arguments)
+            yield done
+        return
+    from distributed import as_completed
+
+    options = {"nthreads": 1, "memory_limit": 0}
+    with _local_client(options, [{}] * min(workers, len(calls))) as client:
+        futures = [client.submit(function, *arguments, pure=False) for arguments in calls]
+        for done, future in enumerate(as_completed(futures, loop=client.loop, raise_errors=False), start=1):
+            error = future.exception() if future.status == "error" else None
+            if error is not None:
+                raise _explained(error)
+            yield done
+
+
+@contextmanager
+def _local_client(options: Mapping[str, Any], environments: Sequence[Mapping[str, str]]) -> Iterator[Any]:
+    """A client of worker processes of this machine, one for each of the environments."""
     from distributed import Client, Nanny, Scheduler, SpecCluster
     from distributed.utils import LoopRunner, silence_logging_cmgr
 
     here = {"host": "127.0.0.1", "protocol": "tcp://"}
-    worker = here | {
-        "nthreads": THREADS_PER_WORKER,
-        "memory_limit": plan.workers.memory_bytes,
-        "resources": {"GPU": 1},
-        "dashboard": False,
-        "silence_logs": logging.CRITICAL,
-    }
+    worker = here | dict(options) | {"dashboard": False, "silence_logs": logging.CRITICAL}
     with ExitStack() as closing:
         # A cluster that ends amid its work has much to tell, in tracebacks, and none of it is news.
         closing.enter_context(silence_logging_cmgr(logging.CRITICAL))
@@ -321,7 +349,7 @@ def _local(plan: Plan) -> Iterator[Pool]:
             cluster = SpecCluster(
                 workers={
                     number: {"cls": Nanny, "options": worker | {"env": environment}}
-                    for number, environment in enumerate(_environments(plan, os.environ))
+                    for number, environment in enumerate(environments)
                 },
                 scheduler={
                     "cls": Scheduler,
@@ -336,7 +364,7 @@ def _local(plan: Plan) -> Iterator[Pool]:
         closing.callback(_close, client)
         # Killed before anything is closed: closing would wait for what runs in them.
         closing.callback(_kill_workers, cluster)
-        yield Distributed(client, plan, 2 * plan.workers.count * THREADS_PER_WORKER)
+        yield client
 
 
 def _environments(plan: Plan, environment: Mapping[str, str]) -> Sequence[dict[str, str]]:

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PrivateAttr,
+    ValidationError,
+)
 from pydantic.fields import FieldInfo
 
 from segpipe.tasks.errors import UserError
@@ -184,54 +193,156 @@ class CityConfig(_Job):
         return self.path(self.grid.area) if isinstance(self.grid.area, str) else self.grid.area
 
 
-class AreaConfig(_Section):
-    """Images and the labels of the same places, matched in natural order."""
+Values = Annotated[tuple[Annotated[int, Field(ge=0, le=255)], ...], BeforeValidator(_as_tuple_of_any)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Part = PositiveInt | Share | Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), Field(min_length=1)] | PathText
+PART = "a share such as 0.05, a number such as 738, a list of names, or a text file with a name a line"
+SizeYX = Annotated[
+    tuple[Annotated[int, Field(ge=32)], Annotated[int, Field(ge=32)]],
+    BeforeValidator(_as_tuple),
+]
+Arguments = dict[str, JsonValue]
+
+
+class MaskConfig(_Section):
+    """What the values of a mask mean. A value that is in none of the lists is refused."""
+
+    foreground: Values | None = Field(None, description="null (all but background), or a list of values such as [255]")
+    background: Values | None = Field(None, description="null, or a list of values such as [0]")
+    ignore: Values = Field((), description="a list of values whose pixels are left out, such as [3]")
+
+
+class AreaConfig(MaskConfig):
+    """Images and the labels of the same places."""
 
     images: Paths = Field(description="a glob such as train/*_image.tif, a file, or a list of these")
     labels: Paths = Field(description="a glob such as train/*_mask.tif, a file, or a list of these")
+    area: PathText | None = Field(None, description="null, or a vector file of where the labels are complete")
+    images_crs: Text | None = Field(None, description="null, or a coordinate system such as EPSG:32633")
     nodata: Numbers | None = Field(None, description=NODATA)
+    weight: float = Field(1.0, gt=0, description="a number above 0: how often crops come from here")
+
+
+class PairsConfig(MaskConfig):
+    """Images without a place on the Earth, each with its mask: found by a pattern in which {stem} is its name."""
+
+    images: Paths = Field(description="a glob such as images/*.jpg, a folder, or a list of these")
+    masks: PathText = Field(description="a pattern such as annotations/trimaps/{stem}.png")
+    resize_px: SizeYX | None = Field(None, description="null, or height and width such as [256, 256]")
+    resolution_m: float | None = Field(None, gt=0, description="null, or metres of a pixel such as 0.3")
+    draw: Literal["once", "replacement"] = Field("once", description="once (each in every epoch) or replacement")
+
+
+class SplitConfig(_Section):
+    """Which part of the areas or pairs validates, and which is only measured at the end; drawn by seed."""
+
+    by: Literal["area", "tile", "block"] = Field("area", description="area, tile or block")
+    # The names are those of the lists of areas.
+    validate_part: Part | None = Field(None, alias="validate", description=f"null, {PART}")
+    test: Part | None = Field(None, description=f"null, {PART}")
+    seed: int = Field(0, ge=0, description="a whole number from 0")
+    block_px: int = Field(1024, ge=64, description="a whole number of pixels from 64")
+    gap_px: Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto", description="auto (the network's halo), or a whole number of pixels from 0"
+    )
 
 
 class NetworkConfig(_Section):
-    """The network and what its weights start from: `lecun`, a file of encoder weights, or a bundle."""
+    """The network and what its weights start from."""
 
-    name: Text = Field(description="the name of a network such as unet-mobilenetv2")
-    initialisation: PathText = Field("lecun", description="lecun, a file of encoder weights, or a model bundle")
+    name: Text = Field(description="the name of a network such as unet-mobilenetv2, or package.module:name")
+    args: Arguments = Field({}, description="keys and values such as {decoder: plain}")
+    initialisation: PathText = Field(
+        "lecun", description="lecun, default, a name such as vgg11-imagenet, a file of weights, or a model bundle"
+    )
     freeze_encoder: bool = Field(False, description="true or false")
+    frozen_statistics: bool | Auto = Field(
+        "auto", description="auto (true for weights that were trained), true or false"
+    )
 
 
 class FitConfig(_Section):
-    """The optimisation. An epoch is steps_per_epoch batches; auto: as many crops as cover all valid pixels once."""
+    """The optimisation. An epoch is steps_per_epoch batches; auto: all pairs once, or all valid pixels covered once."""
 
     epochs: PositiveInt = Field(20, description="a whole number from 1")
     steps_per_epoch: PositiveInt | Auto = Field("auto", description="auto, or a whole number from 1 such as 100")
     crop_px: int = Field(768, ge=64, description="a whole number of pixels from 64")
+    validate_px: Annotated[int, Field(ge=64)] | Literal["all"] = Field(
+        "all", description="all, or the side of the central crop of each tile such as 1440"
+    )
     batch: PositiveInt = Field(8, description="a whole number from 1")
-    optimiser: Literal["adam", "adamw"] = Field("adam", description="adam or adamw")
+    optimiser: Literal["adam", "adamw", "rmsprop", "sgd"] = Field("adam", description="adam, adamw, rmsprop or sgd")
     learning_rate: float = Field(0.001, gt=0, description="a number above 0 such as 0.001")
     encoder_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None, description="null, or a number above 0 such as 0.0003"
     )
+    momentum: float = Field(0.0, ge=0, lt=1, description="a number from 0 and below 1 such as 0.9")
+    alpha: float = Field(0.99, gt=0, lt=1, description="a number between 0 and 1 such as 0.9")
+    eps: float | None = Field(None, gt=0, description="null, or a number above 0 such as 1.0e-7")
     weight_decay: NotNegative = Field(0.0, description="a number from 0 on such as 0.0001")
-    loss: Literal["bce-jaccard"] = Field("bce-jaccard", description="bce-jaccard")
-    seed: int = Field(0, description="a whole number")
+    schedule: Literal["constant", "cosine", "one-cycle"] = Field(
+        "constant", description="constant, cosine or one-cycle"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="a whole number from 0")
+    accumulate: PositiveInt = Field(1, description="a whole number from 1")
+    clip_norm: float | None = Field(None, gt=0, description="null, or a number above 0 such as 5")
+    average: Literal["none", "ema", "swa"] = Field("none", description="none, ema or swa")
+    loss: Text = Field(
+        "bce-jaccard", description="bce-jaccard, bce, dice, dice-bce, or package.module:name of your own"
+    )
+    args: Arguments = Field({}, description="arguments of the loss such as {jaccard: pixel}")
+    best_by: Literal["iou", "dice", "soft_dice", "loss"] = Field("iou", description="iou, dice, soft_dice or loss")
+    patience: PositiveInt | None = Field(None, description="null, or a whole number of epochs such as 10")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto, float32 or bfloat16")
+    loaders: Annotated[int, Field(ge=0)] | Auto = Field("auto", description="auto, or a whole number of processes")
+    devices: PositiveInt = Field(1, description="a whole number from 1")
+    nodes: PositiveInt = Field(1, description="a whole number from 1")
+    seed: int = Field(0, ge=0, description="a whole number from 0")
+
+
+class StatisticsConfig(_Section):
+    """Mean and standard deviation of each band, of values from 0 to 1."""
+
+    mean: Numbers = Field(description="a list of numbers such as [0.485, 0.456, 0.406]")
+    std: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_as_tuple_of_any)] = Field(
+        description="a list of numbers such as [0.229, 0.224, 0.225]"
+    )
 
 
 Areas = Annotated[
     tuple[AreaConfig, ...],
     BeforeValidator(_as_tuple),
-    Field(min_length=1, description="a list such as [{images: train/*_image.tif, labels: train/*_mask.tif}]"),
 ]
+AREAS = "a list such as [{images: train/*_image.tif, labels: train/*_mask.tif}]"
 
 
 class TrainConfig(_Job):
     """train.yaml: labelled areas, a network, where to."""
 
     name: Text = Field(description="a text such as buildings")
-    areas: Areas
-    validate_on: Areas = Field(alias="validate")
+    areas: Areas = Field((), description=AREAS)
+    inria: PathText | None = Field(None, description="null, or the folder of the Inria data set")
+    pairs: PairsConfig | None = Field(
+        None, description="null, or keys and values such as {images: images/*.jpg, masks: 'masks/{stem}.png'}"
+    )
+    validate_on: Areas = Field((), alias="validate", description=AREAS)
+    test_on: Areas = Field((), alias="test", description=AREAS)
+    split: SplitConfig = Field(SplitConfig(), description="keys and values such as {by: tile, validate: 0.2}")
     network: NetworkConfig = Field(description="keys and values such as {name: unet-mobilenetv2}")
+    normalisation: Literal["imagenet", "unit", "statistics"] | StatisticsConfig = Field(
+        "imagenet",
+        description="imagenet, unit (x/255), statistics, or {mean: [...], std: [...]}",
+    )
+    augment: Literal["standard", "none"] | Arguments = Field(
+        "standard", description="standard, none, or keys and values such as {scale: [0.7, 1.4], holes: 0}"
+    )
     fit: FitConfig = Field(FitConfig(), description="keys and values such as {epochs: 20}")
+    calibrate: Literal["temperature", "none"] = Field("temperature", description="temperature or none")
+    threshold: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="null (the best on the validating part), or a number between 0 and 1 such as 0.3"
+    )
+    effective_halo: Literal["measure", "exact"] = Field("measure", description="measure or exact")
+    readers: PositiveInt | Auto = Field("auto", description="auto, or a whole number of processes from 1")
     output: PathText = Field(description="a folder such as runs/buildings")
     bands: BandNumbers = (1, 2, 3)
 
@@ -240,17 +351,34 @@ class TrainConfig(_Job):
             return [
                 area.model_dump(mode="json")
                 | {"images": self._absolute(area.images), "labels": self._absolute(area.labels)}
+                | ({"area": str(self.path(area.area))} if area.area is not None else {})
                 for area in areas
             ]
 
-        start = self.network.initialisation
-        start = start if start == "lecun" else str(self.path(start))
-        return {
+        start = self.path(self.network.initialisation)
+        values: dict[str, Any] = {
             "areas": absolute(self.areas),
             "validate": absolute(self.validate_on),
-            "network": self.network.model_dump() | {"initialisation": start},
+            "test": absolute(self.test_on),
+            # A name that is no file is that of an initialisation or of a bundle in the package.
+            "network": self.network.model_dump(mode="json")
+            | ({"initialisation": str(start)} if start.is_file() or start.suffix else {}),
+            "split": self.split.model_dump(mode="json", by_alias=True)
+            | {
+                name: str(self.path(part))
+                for name, part in (("validate", self.split.validate_part), ("test", self.split.test))
+                if isinstance(part, str)
+            },
             "output": str(self.path(self.output)),
         }
+        if self.inria is not None:
+            values["inria"] = str(self.path(self.inria))
+        if self.pairs is not None:
+            values["pairs"] = self.pairs.model_dump(mode="json") | {
+                "images": self._absolute(self.pairs.images),
+                "masks": str(self.path(self.pairs.masks)),
+            }
+        return values
 
 
 JobT = TypeVar("JobT", bound=_Job)

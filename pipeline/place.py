@@ -103,7 +103,7 @@ def place_tiles(
     ]
     places = []
     for header, system in zip(headers, systems, strict=True):
-        window = _on_lattice(header, lattice) if system == CRS.from_wkt(lattice.crs_wkt) else None
+        window = on_lattice(header, lattice) if system == CRS.from_wkt(lattice.crs_wkt) else None
         places.append(Placed(window) if window is not None else _on_mosaic(header, system, lattice, mosaics))
     return Placement(lattice, tuple(places))
 
@@ -322,7 +322,7 @@ def _is_the_same(known: Lattice, found: Lattice, headers: Sequence[TileHeader]) 
     return off * longest <= TOLERANCE_PX * found.pixel_size or (not native and off <= 0.02 * found.pixel_size)
 
 
-def _on_lattice(header: TileHeader, lattice: Lattice) -> Window | None:
+def on_lattice(header: TileHeader, lattice: Lattice) -> Window | None:
     """A tile's window on the lattice, None if it does not lie on it within 1/1000 px."""
     size = lattice.pixel_size
     if not _is_north_up(header):

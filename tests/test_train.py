@@ -1,158 +1,423 @@
-import csv
-from dataclasses import replace
+"""Training from a train.yaml to a bundle: the whole story on tiny data, and what is refused before it."""
 
-import geopandas as gpd
+import csv
+import json
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 import rasterio
+import torch
+import yaml
+from PIL import Image
 from rasterio.transform import from_origin
 from rich.console import Console
-from shapely.affinity import affine_transform
-from shapely.geometry import box
 
+from segpipe.models.augment import Augmentation, Framing, Normalisation, prepare
+from segpipe.models.field import probe_field
+from segpipe.models.losses import resolve_loss
+from segpipe.models.networks import build_network
 from segpipe.models.weights import load_bundle
-from segpipe.pipeline.areas import common_resolution, plan_area, read_area
+from segpipe.pipeline import train as story
 from segpipe.pipeline.config import load_train
-from segpipe.pipeline.train import train
-from segpipe.tasks.errors import UserError
+from segpipe.pipeline.measure import Eye, View, effective_halo, look, measure, plan_views
+from segpipe.pipeline.train import Batches, plan_sources, resolve_augmentation, resolve_normalisation, train
+from segpipe.tasks.errors import RunError, UserError
+from segpipe.tasks.grid import Window
 from segpipe.tasks.sample import Area, CropSampler
 
-ORIGIN_X, ORIGIN_Y, PX_M = 500_000.1, 4_000_000.2, 0.3
+PX_M = 0.3
+RECIPES = sorted((Path(__file__).parent.parent / "conf" / "train").glob("*.yaml"))
+CPU = torch.device("cpu")
 
 
-def write_raster(path, array_CHW, off_px=0.0, **profile):
-    transform = from_origin(ORIGIN_X + off_px * PX_M, ORIGIN_Y, PX_M, PX_M)
-    count, height, width = array_CHW.shape
-    options = {"crs": "EPSG:32633", "transform": transform, "dtype": "uint8"} | profile
-    with rasterio.open(path, "w", driver="GTiff", count=count, height=height, width=width, **options) as f:
-        f.write(array_CHW)
-
-
-def write_area(folder, name, height, width, seed):
-    """Bright houses on dark ground, as an image, a mask and footprints."""
+def draw(height, width, seed):
+    """Bright houses on dark ground: image_CHW and label_HW, 0 or 255."""
     rng = np.random.default_rng(seed)
     label = np.zeros((height, width), np.uint8)
-    houses = []
-    for row, col in rng.integers(2, (height - 20, width - 20), (9, 2)).tolist():
-        label[row : row + 14, col : col + 11] = 255
-        houses.append(box(col, row, col + 11, row + 14))
+    for row, col in rng.integers(2, (height - 30, width - 30), (height * width // 1500, 2)).tolist():
+        label[row : row + 14, col : col + 21] = 255
     image = np.where(label, 190, 70) + rng.integers(-30, 30, (3, height, width))
-    write_raster(folder / f"{name}_image.tif", image.astype(np.uint8))
-    write_raster(folder / f"{name}_mask.tif", label[None])
-    shapes = [affine_transform(house, (PX_M, 0, 0, -PX_M, ORIGIN_X, ORIGIN_Y)) for house in houses]
-    gpd.GeoDataFrame(geometry=shapes, crs="EPSG:32633").to_crs(4326).to_file(folder / f"{name}_houses.gpkg")
     return image.astype(np.uint8), label
+
+
+def write_raster(path, array_CHW, **profile):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count, height, width = array_CHW.shape
+    place = {"crs": "EPSG:32633", "transform": from_origin(500_000.1, 4_000_000.2, PX_M, PX_M)}
+    with rasterio.open(
+        path, "w", driver="GTiff", count=count, height=height, width=width, dtype="uint8", **(place | profile)
+    ) as file:
+        file.write(array_CHW)
+
+
+LEAST = {
+    "name": "tiny",
+    "areas": [{"images": "a_image.tif", "labels": "a_mask.tif"}],
+    "validate": [{"images": "b_image.tif", "labels": "b_mask.tif"}],
+    "network": {"name": "unet-mobilenetv2"},
+    "fit": {
+        "epochs": 2,
+        "steps_per_epoch": 1,
+        "crop_px": 64,
+        "batch": 2,
+        "loaders": 0,
+        "precision": "float32",
+        "validate_px": 64,
+    },
+    "output": "run",
+}
 
 
 @pytest.fixture
 def job(tmp_path):
-    """A folder with two labelled areas and a train.yaml for two steps of two crops of 64 px."""
-    images = {name: write_area(tmp_path, name, *shape) for name, *shape in (("a", 130, 150, 1), ("b", 40, 50, 2))}
-    (tmp_path / "train.yaml").write_text(
-        """
-name: tiny
-areas: [{images: a_image.tif, labels: a_mask.tif}]
-validate: [{images: b_image.tif, labels: b_mask.tif}]
-network: {name: unet-mobilenetv2}
-fit: {epochs: 2, steps_per_epoch: 1, crop_px: 64, batch: 2}
-output: run
-"""
-    )
-    return tmp_path, images
+    """A folder with two labelled areas, and a function that gives a train.yaml for two steps on them."""
+    for seed, (name, *shape) in enumerate((("a", 130, 150), ("b", 90, 100))):
+        image, label = draw(*shape, seed)
+        write_raster(tmp_path / f"{name}_image.tif", image)
+        write_raster(tmp_path / f"{name}_mask.tif", label[None])
+
+    def configured(*overrides, **changes):
+        (tmp_path / "train.yaml").write_text(yaml.safe_dump(LEAST | changes))
+        return load_train(tmp_path / "train.yaml", overrides)
+
+    return tmp_path, configured
 
 
-def read_config(folder, *overrides):
-    return load_train(folder / "train.yaml", overrides)
+quiet = partial(Console, quiet=True)
 
 
-def test_training_gives_a_bundle_with_its_threshold_and_metrics_and_is_not_done_twice(job):
-    folder, _ = job
-    model = train(read_config(folder), Console(quiet=True))
+def test_training_gives_a_bundle_with_all_that_run_needs_and_is_not_done_twice(job):
+    folder, configured = job
+    model = train(configured(), quiet())
     bundle = load_bundle(model)
+    card, metrics = bundle.card, bundle.card.metrics
     assert model == folder / "run" / "model.safetensors"
-    assert bundle.card.halo_px == 320 and bundle.card.stride == 32
-    assert bundle.card.resolution_m == pytest.approx(0.3, abs=0.001)
+    assert (card.halo_px, card.effective_halo_px, card.stride) == (320, 320, 32)
+    assert card.resolution_m == pytest.approx(0.3, abs=0.001)
+    assert card.temperature != 1.0
+    assert metrics["calibration_error"]["after"] <= metrics["calibration_error"]["before"] + 1e-3
     with (folder / "run" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == ["1", "2"]
-    best = max(rows, key=lambda row: (float(row["iou"]), int(row["step"])))
-    assert bundle.card.threshold == float(best["threshold"])
-    assert bundle.card.metrics["validation_iou"] == pytest.approx(float(best["iou"]), abs=1e-4)
-    assert "validation IoU" in (folder / "run" / "report.html").read_text()
-    first = model.read_bytes()
-    chunks = {path: path.stat().st_mtime_ns for path in (folder / "run" / "areas").rglob("c/*/*")}
-    train(read_config(folder), Console(quiet=True))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    best = max(rows, key=lambda row: (float(row["validation_iou"]), int(row["epoch"])))
+    assert metrics["epoch"] == int(best["epoch"])
+    # The temperature and a finer choice of the threshold move the mask by next to nothing.
+    assert metrics["validation"]["iou"] == pytest.approx(float(best["validation_iou"]), abs=0.02)
+    page = (folder / "run" / "report.html").read_text()
+    assert page.count("<svg") == 5 and page.count("data:image/jpeg") >= 3
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    assert json.loads((folder / "run" / "split.json").read_text())["validate"] == ["b_image"]
+    first, chunks = model.read_bytes(), stamps(folder / "run" / "areas")
+    train(configured(), quiet())
     assert model.read_bytes() == first
-    assert chunks and all(path.stat().st_mtime_ns == mtime for path, mtime in chunks.items())
+    (folder / "run" / "report.html").unlink()
+    train(configured(), quiet())
+    assert model.read_bytes() == first, "the end comes out the same if it is done again"
+    assert chunks and stamps(folder / "run" / "areas") == chunks
+
+
+def stamps(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("c/*/*")}
 
 
 def test_another_training_in_the_same_folder_is_refused(job):
-    folder, _ = job
+    folder, configured = job
     (folder / "run").mkdir()
     (folder / "run" / "train.yaml").write_text("name: other\n")
     with pytest.raises(UserError, match="another training"):
-        train(read_config(folder), Console(quiet=True))
-
-
-@pytest.mark.parametrize("labels", ["a_mask.tif", "a_houses.gpkg"])
-def test_crops_from_the_chunks_are_those_of_the_files_for_masks_and_footprints(job, labels):
-    folder, images = job
-    config = read_config(folder)
-    area = read_area(plan_area(config, config.areas[0].model_copy(update={"labels": (labels,)}), folder / "area"))
-    image, label = images["a"]
-    whole = Area.of_arrays("a", image, label, np.ones_like(label))
-    assert (area.window.shape_yx, area.valid_pixels) == (whole.window.shape_yx, whole.valid_pixels)
-    ours, theirs = (CropSampler([one], 64, 40).draw(4, np.random.default_rng(0)) for one in (area, whole))
-    assert np.array_equal(ours.image_BCHW, theirs.image_BCHW)
-    assert np.array_equal(ours.label_BHW, theirs.label_BHW)
-    assert np.array_equal(ours.valid_BHW, theirs.valid_BHW)
-
-
-def test_nodata_and_pixels_without_a_label_are_neither_learned_nor_counted(job):
-    folder, images = job
-    image, label = images["a"]
-    image[:, :, 110:] = 0
-    write_raster(folder / "a_image.tif", image)
-    write_raster(folder / "a_mask.tif", label[None, 20:].copy(), nodata=0)
-    with rasterio.open(folder / "a_mask.tif", "r+") as file:
-        file.transform = from_origin(ORIGIN_X, ORIGIN_Y - 20 * PX_M, PX_M, PX_M)
-    config = read_config(folder)
-    area = read_area(plan_area(config, config.areas[0].model_copy(update={"nodata": (0.0,)}), folder / "area"))
-    assert area.window.shape_yx == (110, 110)
-    assert area.valid_pixels == 110 * 110
+        train(configured(), quiet())
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
-        (lambda folder, label: write_raster(folder / "a_mask.tif", label[None], off_px=0.4), "off the lattice"),
-        (lambda folder, label: write_raster(folder / "a_mask.tif", label[None], crs="EPSG:32634"), "CRS"),
-        (lambda folder, label: write_raster(folder / "a_image.tif", label[None]), "1 bands of uint8"),
-        (lambda folder, label: (folder / "a_mask.tif").unlink(), "matches no file"),
+        ({"areas": [], "validate": []}, "expected `areas:`, `inria:` or `pairs:`"),
+        ({"validate": []}, "validate: missing"),
+        ({"split": {"validate": 0.5}}, "both are given"),
+        ({"network": {"name": "unet-large"}}, "unet-mobilenetv2"),
+        ({"network": {"name": "unet-mobilenetv2", "args": {"depth": 9}}}, "depth"),
+        ({"network": {"name": "unet-mobilenetv2", "initialisation": "a_image.tif"}}, r"a_image\.tif"),
+        ({"network": {"name": "nowhere.at_all:Net"}}, "nowhere"),
+        ({"fit": {"loss": "focal"}}, "expected bce-jaccard"),
+        ({"fit": {"args": {"gamma": 2}}}, "gamma"),
+        ({"augment": {"zoom": 3}}, r"augment\.zoom: unknown key"),
+        ({"normalisation": {"mean": [0.5], "std": [0.2]}}, "expected 3"),
+        ({"bands": [1, 2]}, "imagenet has 3 bands"),
+        (
+            {"areas": [{"images": "a_image.tif", "labels": "a_image.tif", "foreground": [1], "background": [0]}]},
+            "values",
+        ),
     ],
 )
-def test_labels_and_images_that_do_not_fit_are_refused_before_any_work(job, change, message):
-    folder, images = job
-    change(folder, images["a"][1])
-    with pytest.raises(UserError, match=message):
-        train(read_config(folder), Console(quiet=True))
-    assert not (folder / "run").exists()
+def test_what_cannot_be_trained_is_refused_in_one_line(job, changes, message):
+    _, configured = job
+    with pytest.raises(UserError, match=message) as caught:
+        train(configured(**changes), quiet())
+    assert "\n" not in str(caught.value)
 
 
-def test_a_network_that_is_not_known_and_weights_that_do_not_fit_are_refused(job):
-    folder, _ = job
-    with pytest.raises(UserError, match="unet-mobilenetv2"):
-        train(read_config(folder, "network.name=unet-large"), Console(quiet=True))
-    (folder / "encoder.pth").write_bytes(b"no weights")
-    with pytest.raises(UserError, match=r"encoder\.pth"):
-        train(read_config(folder, "network.initialisation=encoder.pth"), Console(quiet=True))
+def test_areas_without_any_building_are_refused_and_one_among_others_is_told_of(job):
+    folder, configured = job
+    write_raster(folder / "a_mask.tif", np.zeros((1, 130, 150), np.uint8))
+    with pytest.raises(UserError, match="none of 1 has a building pixel"):
+        train(configured(), quiet())
+    write_raster(folder / "b_mask.tif", draw(90, 100, 1)[1][None])
+    areas = [{"images": f"{name}_image.tif", "labels": f"{name}_mask.tif"} for name in "ab"]
+    console = Console(record=True, file=(folder / "log").open("w"), width=200)
+    train(configured("output=other", areas=areas), console)
+    assert "no building in a_image" in console.export_text()
 
 
-def test_areas_of_another_resolution_are_refused(job):
-    folder, _ = job
-    config = read_config(folder)
-    plan = plan_area(config, config.areas[0], folder / "area")
-    coarse = replace(plan, lattice=replace(plan.lattice, pixel_size=0.6))
-    assert common_resolution([plan, plan]) == pytest.approx(0.3, abs=0.001)
-    with pytest.raises(UserError, match="one resolution"):
-        common_resolution([plan, plan, coarse])
+def test_a_loss_that_is_no_number_stops_and_the_user_is_told_the_batch(job):
+    folder, configured = job
+    (folder / "broken_loss.py").write_text(
+        "def broken(logits, target, valid, after):\n    return logits.sum() * float('nan')\n"
+    )
+    fit = LEAST["fit"] | {"loss": "broken_loss:broken", "args": {"after": 3}}
+    with pytest.raises(RunError, match="batch 0"):
+        train(configured(fit=fit), quiet())
+
+
+def test_a_network_of_the_users_own_is_trained_and_named_in_the_card(job):
+    folder, configured = job
+    (folder / "my_networks.py").write_text(
+        "from torch import nn\n\n\nclass Tiny(nn.Sequential):\n    stride = 4\n\n"
+        "    def __init__(self, width):\n        super().__init__(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(),"
+        " nn.Conv2d(width, 1, 1))\n"
+    )
+    model = train(configured(network={"name": "my_networks:Tiny", "args": {"width": 4}}), quiet())
+    bundle = load_bundle(model, allowed_module="my_networks:Tiny")
+    assert bundle.card.module == "my_networks:Tiny" and bundle.card.arguments["width"] == 4
+
+
+# What a batch is
+
+
+def small_areas(count, side=70):
+    rng = np.random.default_rng(0)
+    images = [rng.integers(1, 256, (3, side, side), np.uint8) for _ in range(count)]
+    return [Area.of_arrays(f"a{n}", it, it[0] % 2, np.ones((side, side), np.uint8)) for n, it in enumerate(images)]
+
+
+def test_the_same_number_is_the_same_batch_and_an_epoch_takes_each_pair_once():
+    areas = small_areas(5)
+    batches = Batches(CropSampler(areas, 70), 2, 7, "once", per_epoch=3)
+    firsts = [
+        [int(image[0, 0, 0]) * 1000 + int(image[1, 0, 0]) for image in batches[n]["image_BCHW"]] for n in range(6)
+    ]
+    own = sorted(int(area.image[0, 0, 0]) * 1000 + int(area.image[1, 0, 0]) for area in areas)
+    for epoch in (firsts[:3], firsts[3:]):
+        assert sorted(value for batch in epoch for value in batch) == own
+    assert firsts[:3] != firsts[3:]
+    for order in ("weighted", "replacement", "once"):
+        again = Batches(CropSampler(areas, 64), 2, 7, order, 3)
+        one, other = again[4], again[4]
+        assert all(torch.equal(one[key], other[key]) for key in ("image_BCHW", "label_BHW", "valid_BHW"))
+        assert one["seed"] == other["seed"] != again[5]["seed"]
+
+
+@pytest.mark.parametrize(("name", "crop_px"), [("unet-valid", 64), ("unet-valid", 68), ("unet-mobilenetv2", 80)])
+def test_what_is_scored_in_training_is_the_crop_with_its_real_surroundings(name, crop_px):
+    network = build_network(name)
+    (area,) = small_areas(1, 400)
+    framing = Framing((crop_px, crop_px), network.border_px, network.stride, network.remainder_px)
+    batches = Batches(CropSampler([area], crop_px, framing.border_px), 2, 0, "weighted", 1)
+    raw = batches[0]
+    batch = prepare(raw, CPU, framing, Normalisation(1.0, (0.0,) * 3, (1.0,) * 3), None)
+    assert (batch.image_BCHW.shape[2] - network.remainder_px) % network.stride == 0
+    assert batch.target_BKHW.shape[2] == batch.image_BCHW.shape[2] - 2 * network.border_px
+    assert int(batch.valid_BHW.sum()) == 2 * crop_px**2, "scored on its own pixels"
+    scored = batch.image_BCHW[..., network.border_px :, network.border_px :][..., :crop_px, :crop_px]
+    assert torch.equal(batch.target_BKHW[..., :crop_px, :crop_px], scored[:, :1] % 2)
+
+
+def test_statistics_are_those_of_all_labelled_pixels(job):
+    _, configured = job
+    areas = small_areas(3)
+    parts = [area.part(area.name, keep=[Window(0, 0, 70, 40)]) for area in areas]
+    found = resolve_normalisation(configured(normalisation="statistics"), parts)
+    pixels = np.concatenate([area.image[:, :, :40].reshape(3, -1) for area in areas], axis=1) / 255
+    assert found.mean == pytest.approx(pixels.mean(axis=1), abs=1e-5)
+    assert found.std == pytest.approx(pixels.std(axis=1), abs=1e-5)
+    assert resolve_normalisation(configured(normalisation="unit"), ()).std == (1.0, 1.0, 1.0)
+    assert resolve_augmentation(configured(augment="none")) is None
+    assert resolve_augmentation(configured(augment={"scale": [1, 1]})) == Augmentation(scale=(1, 1))
+
+
+# How it is measured
+
+
+class Local(torch.nn.Module):
+    """A probability from the mean of (2 r + 1) squared pixels: its field is r px. Stands in for a network."""
+
+    stride, border_px, remainder_px = 8, 0, 0
+
+    def __init__(self, radius):
+        super().__init__()
+        self.radius = radius
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, image_BCHW):
+        mean = torch.nn.functional.avg_pool2d(image_BCHW[:, :1], 2 * self.radius + 1, 1, self.radius)
+        return (mean - 0.5) * 40 * self.scale
+
+
+UNIT = Normalisation(255.0, (0.0,) * 3, (1.0,) * 3)
+
+
+def test_measuring_in_cores_gives_the_counts_of_one_pass_over_the_whole():
+    image, label = draw(1100, 1300, 4)
+    valid = np.ones(label.shape, np.uint8)
+    valid[500:560, 700:] = 0
+    area = Area.of_arrays("a", image * valid, label // 255, valid)
+    eye = Eye(Local(9), UNIT, 16, CPU, "float32")
+    loss = resolve_loss("bce", {})
+    scores = measure(eye, plan_views([area], None), 4, loss)
+    with torch.no_grad():
+        whole = torch.sigmoid(eye.logits((image * valid)[None], valid[None] != 0)[0]).numpy()
+    for threshold in (0.3, 0.5, 0.8):
+        found, mask = scores.histogram.at(threshold), np.round(whole * 250) >= np.ceil(250 * threshold)
+        truth, keep = label != 0, valid != 0
+        assert (found.true_positive, found.false_positive) == (
+            (mask & truth & keep).sum(),
+            (mask & ~truth & keep).sum(),
+        )
+    padded = np.pad(valid, 64)
+    edge = sum(
+        int(valid[row, col])
+        for row, col in np.argwhere(valid)[::1009]
+        if not padded[row : row + 129, col : col + 129].all()
+    )
+    everywhere = len(np.argwhere(valid)[::1009])
+    share = (scores.edge.positive.sum() + scores.edge.negative.sum()) / valid.sum()
+    assert float(share) == pytest.approx(edge / everywhere, abs=0.03)
+
+
+def test_central_crops_are_all_that_is_seen_and_scored():
+    image, label = draw(300, 200, 5)
+    area = Area.of_arrays("a", image, label // 255, np.ones_like(label))
+    (view,) = plan_views([area], 96)
+    assert view.core == Window(102, 52, 96, 96)
+    eye = Eye(Local(9), UNIT, 16, CPU, "float32")
+    ((seen,),) = look(eye, [view], 4)
+    with torch.no_grad():
+        alone = eye.logits(image[None, :, 102:198, 52:148], np.ones((1, 96, 96), np.bool_))[0]
+    assert torch.equal(seen.logits_HW, alone)
+    assert np.array_equal(seen.image_CHW, image[:, 102:198, 52:148])
+
+
+def test_a_network_without_padding_answers_for_every_pixel_with_its_surroundings():
+    torch.manual_seed(0)
+    network = build_network("unet-valid").eval()
+    image, label = draw(150, 170, 6)
+    area = Area.of_arrays("a", image, label // 255, np.ones_like(label))
+    eye = Eye(network, UNIT, 0, CPU, "float32")
+    ((seen,),) = look(eye, [View(area, Window(16, 32, 100, 120), False)], 1)
+    outer = np.zeros((3, 300, 316), np.uint8)
+    outer[:, 76:226, 60:230] = image
+    present = np.zeros((300, 316), np.bool_)
+    present[76:226, 60:230] = True
+    with torch.no_grad():
+        theirs = eye.logits(outer[None], present[None])[0][:100, :120]
+    assert torch.allclose(seen.logits_HW, theirs, atol=1e-5)
+
+
+def test_the_effective_halo_is_how_far_a_network_sees_in_effect_and_small_areas_cannot_tell():
+    image, label = draw(1024, 1056, 7)
+    area = Area.of_arrays("a", image, label // 255, np.ones_like(label))
+    found = effective_halo(Eye(Local(13), UNIT, 40, CPU, "float32"), area, 40)
+    assert found is not None and found.halo_px == 16 and found.largest <= 2 / 250
+    small = Area.of_arrays("b", image[:, :1000], label[:1000] // 255, np.ones_like(label[:1000]))
+    assert effective_halo(Eye(Local(13), UNIT, 40, CPU, "float32"), small, 40) is None
+
+
+# Recipes
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Tiny stand-ins for every data set that a recipe names."""
+    folder = tmp_path_factory.mktemp("data")
+    for n, name in enumerate(("austin1", "austin6", "vienna7")):
+        image, label = draw(96, 96, n)
+        write_raster(folder / "inria" / "train" / "images" / f"{name}.tif", image)
+        write_raster(folder / "inria" / "train" / "gt" / f"{name}.tif", label[None])
+    for kind in ("images", "masks"):
+        (folder / "pairs" / kind).mkdir(parents=True)
+    for n in range(8):
+        image, label = draw(96, 110, 10 + n)
+        Image.fromarray(image.transpose(1, 2, 0)).save(folder / "pairs" / "images" / f"p{n}.png")
+        Image.fromarray(np.where(label, 1, 2).astype(np.uint8)).save(folder / "pairs" / "masks" / f"p{n}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fields():
+    """Fields of networks that were probed before: it takes longer than two steps."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    "recipe", [path for path in RECIPES if path.stem not in ("train", "buildings")], ids=lambda p: p.stem
+)
+def test_every_recipe_runs_two_steps(recipe, data, tmp_path, fields, monkeypatch):
+    def probe(network, stride, bands):
+        if type(network) not in fields:
+            fields[type(network)] = probe_field(network, stride, bands)
+        return fields[type(network)]
+
+    monkeypatch.setattr(story, "probe_field", probe)
+    settings = yaml.safe_load(recipe.read_text())
+    changes = [
+        "fit.epochs=1", "fit.steps_per_epoch=2", "fit.batch=1", "fit.crop_px=64", "fit.loaders=0",
+        "network.initialisation=lecun", f"output={tmp_path / 'run'}",
+    ]  # fmt: skip
+    if "inria" in settings:
+        changes += [f"inria={data / 'inria'}", "fit.validate_px=64"]
+    else:
+        pairs = data / "pairs"
+        changes += [f"pairs.images={pairs / 'images' / '*.png'}", f"pairs.masks={pairs / 'masks'}/{{stem}}.png"]
+        changes += ["pairs.foreground=1", "pairs.background=2", "pairs.ignore=[]", "split.validate=1", "split.test=1"]
+        changes += ["pairs.resize_px=[64, 64]"] if "resize_px" in settings["pairs"] else []
+    config = load_train(recipe, changes)
+    bundle = load_bundle(train(config, quiet()))
+    assert bundle.card.architecture == settings["network"]["name"]
+    assert bundle.card.temperature == 1.0, "no calibration that the paper does not have"
+
+
+def test_the_reference_of_all_keys_has_every_key_with_its_default(tmp_path):
+    text = (RECIPES[0].parent / "train.yaml").read_text()
+    given = yaml.safe_load(text)
+    least = tmp_path / "train.yaml"
+    least.write_text(yaml.safe_dump({"name": "t", "network": {"name": given["network"]["name"]}, "output": "o"}))
+    defaults = load_train(least).model_dump(mode="json", by_alias=True)
+    documented = load_train(RECIPES[0].parent / "train.yaml").model_dump(mode="json", by_alias=True)
+
+    def keys(section, found, path=""):
+        for key, value in section.items():
+            assert key in found, f"{path}{key} is not in train.yaml"
+            if isinstance(value, dict) and value:
+                keys(value, found[key], f"{path}{key}.")
+
+    keys(defaults, given)
+    for section in ("split", "network", "fit"):
+        assert documented[section] == defaults[section] | {
+            key: given[section][key] for key in ("name",) if key in given[section]
+        }
+
+
+def test_recipes_mean_the_same_after_they_are_resolved():
+    for path in RECIPES:
+        assert load_train(path).resolved_yaml()
+
+
+def test_the_story_plans_before_it_works(job):
+    folder, configured = job
+    sources = plan_sources(configured(), folder / "areas")
+    assert [plan.name for plan in sources.areas] == ["a_image", "b_image"]
+    assert not (folder / "areas").exists()
+    assert story.BUNDLE == "model.safetensors"
