@@ -51,7 +51,6 @@ class TrainReport:
     name: str
     card: Card
     records: tuple[Record, ...]
-    losses: tuple[tuple[int, float], ...]
     best: Record
     counts: Counts
     before: tuple[ReliabilityBin, ...]

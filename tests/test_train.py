@@ -21,8 +21,10 @@ from segpipe.models.networks import build_network
 from segpipe.models.weights import load_bundle
 from segpipe.pipeline import train as story
 from segpipe.pipeline.config import load_train
+from segpipe.pipeline.job import Batches, resolve_augmentation, resolve_normalisation
 from segpipe.pipeline.measure import Eye, View, effective_halo, look, measure, plan_views
-from segpipe.pipeline.train import Batches, plan_sources, resolve_augmentation, resolve_normalisation, train
+from segpipe.pipeline.sources import plan_sources
+from segpipe.pipeline.train import train
 from segpipe.tasks.errors import RunError, UserError
 from segpipe.tasks.grid import Window
 from segpipe.tasks.sample import Area, CropSampler
