@@ -9,9 +9,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from segpipe.models.networks import build_network
+from segpipe.models import predictor as predictor_module
+from segpipe.models.networks import Network, build_network, unet
 from segpipe.models.predictor import INVALID_U8, Precision, Predictor, device_recipe, fast_bfloat16, resolve_device
 from segpipe.models.weights import Bundle, Card, Reach, load_bundle, save_bundle
+from segpipe.tasks.grid import Window
+from segpipe.tasks.predict import predict_core, reach
 
 HALO_PX = 320
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
@@ -99,6 +102,174 @@ def test_a_window_smaller_than_the_least_is_as_if_surrounded_by_invalid_pixels(
     expected_HW = predictor.predict(image_CHW, valid_HW)[:height, :width]
     small_HW = predictor.predict(image_CHW[:, :height, :width], valid_HW[:height, :width])
     assert np.array_equal(small_HW, expected_HW)
+
+
+def lively_valid() -> Bundle:
+    """The unpadded network, with probabilities that spread."""
+    torch.manual_seed(0)
+    network = build_network("unet-valid").eval().requires_grad_(requires_grad=False)
+    network.get_parameter("head.weight").mul_(60)
+    card = Card(
+        architecture="unet-valid",
+        arguments={"bands": 3, "classes": 1},
+        bands=("red", "green", "blue"),
+        mean=(0.5, 0.4, 0.3),
+        std=(0.25, 0.2, 0.125),
+        fill=0.25,
+        stride=16,
+        halo_px=96,
+        receptive_field_px=Reach(107, 107, 107, 107),
+        resolution_m=0.3,
+        resolution_range_m=(0.2, 0.5),
+    )
+    return Bundle(network, card)
+
+
+def test_cores_of_the_unpadded_network_equal_one_pass_over_the_whole_with_fill_around() -> None:
+    bundle = lively_valid()
+    predictor = Predictor(bundle, torch.device("cpu"), "float32", threads=1)
+    height, width = 200, 330
+    image_CHW, valid_HW = scene(height, width), np.ones((height, width), np.bool_)
+    valid_HW[60:90, 100:180] = False
+    # The whole, starting on the lattice: 96 px of fill before it, 92 at least behind it, 12 modulo 16 in all.
+    after = [92 + (12 - 96 - side - 92) % 16 for side in (height, width)]
+    wide_CHW = np.pad(image_CHW, [(0, 0), (96, after[0]), (96, after[1])])
+    inside_HW = np.pad(valid_HW, [(96, after[0]), (96, after[1])])
+    with torch.inference_mode():
+        logits_HW = bundle.network(predictor.normalise(wide_CHW, inside_HW))[0, 0, 4 : 4 + height, 4 : 4 + width]
+        expected_HW = torch.round(torch.sigmoid(logits_HW) * 250).to(torch.uint8).numpy()
+    expected_HW = np.where(valid_HW, expected_HW, INVALID_U8)
+    assert np.ptp(expected_HW[valid_HW]) > 20
+    for core in (Window(0, 128, 128, 128), Window(128, 256, 128, 128)):
+        outer = reach(core, 96, 16)
+        everything = Window(0, 0, height, width)
+        inner = outer.intersect(everything)
+        window_CHW, window_HW = np.zeros((3, *outer.shape_yx), np.uint8), np.zeros(outer.shape_yx, np.bool_)
+        window_CHW[:, *inner.within(outer)] = image_CHW[:, *inner.within(everything)]
+        window_HW[inner.within(outer)] = valid_HW[inner.within(everything)]
+        prob_HW, _ = predict_core(window_CHW, window_HW, core, 96, 16, predictor.predict)
+        there = core.intersect(everything)
+        assert np.array_equal(prob_HW[there.within(core)], expected_HW[there.within(everything)])
+
+
+def test_the_unpadded_network_gives_no_answer_within_its_border() -> None:
+    predictor = Predictor(lively_valid(), torch.device("cpu"), "float32", threads=1)
+    prob_HW = predictor.predict(scene(448, 464), np.ones((448, 464), np.bool_))
+    assert (prob_HW[96:-96, 96:-96] <= 250).all()
+    assert (prob_HW[:92] == INVALID_U8).all()
+    assert (prob_HW[:, -92:] == INVALID_U8).all()
+
+
+def test_temperature_divides_the_logits(lively: Path) -> None:
+    bundle = load_bundle(lively)
+    image_HWC = np.moveaxis(scene(48, 80), 0, 2)
+    warm = Bundle(bundle.network, bundle.card.model_copy(update={"temperature": 2.5}))
+    cold_HW, warm_HW = bundle.predict(image_HWC).astype(float), warm.predict(image_HWC).astype(float)
+    inner = (cold_HW > 1e-4) & (cold_HW < 1 - 1e-4)
+    assert inner.mean() > 0.5
+    logits = np.log(cold_HW[inner] / (1 - cold_HW[inner]))
+    np.testing.assert_allclose(warm_HW[inner], 1 / (1 + np.exp(-logits / 2.5)), atol=1e-4)
+
+
+class Corner(Network):
+    """Logits that differ in every direction: the pixel, and its neighbours below and to the right. Stride 1."""
+
+    stride = 1
+
+    def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.pad(image_BCHW[:, :1], (0, 1, 0, 1))
+        return x[..., :-1, :-1] + 2 * x[..., 1:, :-1] - 3 * x[..., :-1, 1:]
+
+
+def test_d4_is_the_mean_of_all_eight_ways_to_look_at_the_window(lively: Path) -> None:
+    card = load_bundle(lively).card.model_copy(update={"stride": 1})
+    predictor = Predictor(Bundle(Corner(), card), torch.device("cpu"), "float32", threads=1, tta="d4")
+    plain = Predictor(Bundle(Corner(), card), torch.device("cpu"), "float32", threads=1)
+    image_HWC = np.moveaxis(scene(20, 30), 0, 2)
+    views = []
+    for turns in range(4):
+        turned = np.rot90(image_HWC, turns)
+        views.append(np.rot90(plain.predict_image(turned), -turns))
+        views.append(np.rot90(plain.predict_image(turned[:, ::-1])[:, ::-1], -turns))
+    found_HW = predictor.predict_image(image_HWC)
+    np.testing.assert_allclose(found_HW, np.mean(views, axis=0), atol=1e-6)
+    assert np.abs(found_HW - views[0]).max() > 0.1
+    turned_HW = predictor.predict_image(np.rot90(image_HWC))
+    np.testing.assert_allclose(np.rot90(turned_HW, -1), found_HW, atol=1e-6)
+
+
+def test_with_d4_too_a_core_does_not_depend_on_its_window_nor_is_anything_lost_at_a_border(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(unet, "WIDTHS", (8, 16, 16, 16, 32))
+    predictor = Predictor(lively_valid(), torch.device("cpu"), "float32", threads=1, tta="d4")
+    image_CHW, valid_HW = scene(464, 480), np.ones((464, 480), np.bool_)
+    whole_HW = predictor.predict(image_CHW, valid_HW)
+    rows, cols = slice(16, 464), slice(16, 464)
+    part_HW = predictor.predict(image_CHW[:, rows, cols], valid_HW[rows, cols])
+    inside = slice(96, -96)
+    core_HW, expected_HW = part_HW[inside, inside].astype(int), whole_HW[rows, cols][inside, inside].astype(int)
+    # So few channels are not added up in the same order at all widths; a stride off the lattice would show.
+    assert np.abs(core_HW - expected_HW).max() <= 1
+    assert (np.ptp(core_HW) > 5, core_HW.max() <= 250) == (True, True)
+
+
+def test_a_bundle_predicts_an_image_of_any_size_as_a_run_would(lively: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = load_bundle(lively)
+    image_CHW, valid_HW = scene(70, 101), np.ones((70, 101), np.bool_)
+    valid_HW[:20, :30] = False
+    found_HW = bundle.predict(np.moveaxis(image_CHW, 0, 2), valid_HW)
+    assert (found_HW.dtype, found_HW.shape) == (np.float32, (70, 101))
+    assert np.array_equal(np.isnan(found_HW), ~valid_HW)
+    core = Window(0, 0, 128, 128)
+    around = [(HALO_PX, core.height - side + HALO_PX) for side in valid_HW.shape]
+    window_CHW, window_HW = np.pad(image_CHW, [(0, 0), *around]), np.pad(valid_HW, around)
+    predictor = predictor_of(lively, "float32")
+    expected_HW, _ = predict_core(window_CHW, window_HW, core, HALO_PX, 32, predictor.predict)
+    stored_HW = np.where(valid_HW, np.round(np.nan_to_num(found_HW) * 250), INVALID_U8)
+    assert np.array_equal(stored_HW, expected_HW[:70, :101])
+    monkeypatch.setattr(predictor_module, "CORE_PX", 64)
+    assert np.array_equal(bundle.predict(np.moveaxis(image_CHW, 0, 2), valid_HW), found_HW, equal_nan=True)
+
+
+def test_a_bundle_trained_on_resized_images_answers_at_the_size_of_the_image(lively: Path) -> None:
+    bundle = load_bundle(lively)
+    resized = Bundle(bundle.network, bundle.card.model_copy(update={"resize_px": (64, 96)}))
+    small_HWC = np.moveaxis(scene(64, 96), 0, 2)
+    with torch.inference_mode():
+        image_BCHW = predictor_of(lively, "float32").normalise(scene(64, 96), np.ones((64, 96), np.bool_))
+        expected_HW = torch.sigmoid(bundle.network(image_BCHW))[0, 0].numpy()
+    np.testing.assert_allclose(resized.predict(small_HWC), expected_HW, atol=1e-6)
+    blocks_HWC = small_HWC.repeat(3, axis=0).repeat(3, axis=1)
+    found_HW = resized.predict(blocks_HWC)
+    assert found_HW.shape == (192, 288)
+    assert (
+        np.abs(found_HW[1::3, 1::3] - expected_HW).mean()
+        < np.abs(found_HW[1::3, 1::3] - np.rot90(expected_HW, 2)).mean() / 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("image_HWC", "told"),
+    [
+        (np.zeros((8, 8, 4), np.uint8), r"expected \(height, width, 3\) and uint8: red, green, blue"),
+        (np.zeros((8, 8), np.uint8), "expected"),
+        (np.zeros((8, 8, 3), np.float32), "float32; expected"),
+    ],
+)
+def test_images_of_another_kind_are_refused(lively: Path, image_HWC: NDArray[np.uint8], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        load_bundle(lively).predict(image_HWC)
+
+
+def test_a_network_without_a_bound_is_predicted_with_its_effective_halo_and_refused_without(lively: Path) -> None:
+    bundle = load_bundle(lively)
+    unbounded = bundle.card.model_copy(update={"halo_px": None, "receptive_field_px": None})
+    image_HWC = np.moveaxis(scene(40, 40), 0, 2)
+    with pytest.raises(ValueError, match="no effective halo"):
+        Bundle(bundle.network, unbounded).predict(image_HWC)
+    measured = unbounded.model_copy(update={"effective_halo_px": 320})
+    assert np.array_equal(Bundle(bundle.network, measured).predict(image_HWC), bundle.predict(image_HWC))
 
 
 def test_bfloat16_stays_near_float32(lively: Path) -> None:

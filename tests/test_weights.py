@@ -196,6 +196,70 @@ def test_what_is_no_bundle_is_told_in_one_line(kind: str, network: Network, tmp_
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("unet-small", {"bands": 4, "classes": 2}),
+        ("unet-mobilenetv2", {"bands": 1, "classes": 1, "decoder": "plain", "top": True}),
+        ("unet-resnet18", {"bands": 3, "classes": 1}),
+        ("unet-densenet121", {"bands": 3, "classes": 1}),
+    ],
+)
+def test_every_argument_of_a_network_comes_back(name: str, arguments: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = build_network(name, **arguments).eval()
+    bands = tuple(f"band {number}" for number in range(arguments["bands"]))
+    middle = (0.5,) * len(bands)
+    card = card_of(name, arguments=arguments, bands=bands, mean=middle, std=middle, temperature=1.5, resize_px=(64, 96))
+    save_bundle(tmp_path / "x.safetensors", network, card)
+    bundle = load_bundle(tmp_path / "x.safetensors")
+    assert bundle.card == card
+    state = bundle.network.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
+    image_BCHW = torch.randn(1, len(bands), network.stride, network.stride)
+    with torch.inference_mode():
+        torch.testing.assert_close(bundle.network(image_BCHW), network(image_BCHW))
+
+
+@pytest.fixture(scope="module")
+def saved_own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    name = "own_networks:Gated"
+    path = tmp_path_factory.mktemp("own") / "gated.safetensors"
+    card = card_of(name, module=name, stride=8, halo_px=None, receptive_field_px=None, effective_halo_px=64)
+    torch.manual_seed(2)
+    save_bundle(path, build_network(name, bands=3, classes=1), card)
+    return path
+
+
+def test_an_own_network_comes_back_where_its_module_is_allowed(saved_own: Path) -> None:
+    bundle = load_bundle(saved_own, allowed_module="own_networks:Gated")
+    torch.manual_seed(2)
+    expected = build_network("own_networks:Gated", bands=3, classes=1).eval()
+    image_BCHW = torch.randn(1, 3, 16, 24)
+    with torch.inference_mode():
+        torch.testing.assert_close(bundle.network(image_BCHW), expected(image_BCHW))
+    assert (bundle.card.halo_px, bundle.network.stride) == (None, 8)
+
+
+@pytest.mark.parametrize("allowed", [None, "own_networks:Blur"])
+def test_an_own_networks_code_is_not_touched_unless_the_same_module_is_allowed(
+    saved_own: Path, allowed: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} was imported"))
+    with pytest.raises(BundleError, match=r"`module: own_networks:Gated`") as caught:
+        load_bundle(saved_own, allowed_module=allowed)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_card_cannot_name_code_that_it_does_not_declare() -> None:
+    with pytest.raises(ValueError, match="module None for the architecture 'os:system'"):
+        card_of("os:system")
+    with pytest.raises(ValueError, match="module 'os:system'"):
+        card_of("unet11", module="os:system")
+    with pytest.raises(ValueError, match="both or neither"):
+        card_of("unet11", halo_px=None)
+
+
 def published_unet11() -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
     return build_network("unet11").state_dict()
@@ -207,6 +271,18 @@ def test_a_ternausnet_checkpoint_imports_and_loads(tmp_path: Path) -> None:
     card = import_checkpoint(tmp_path / "t.pt", tmp_path / "unet11.safetensors", "unet11")
     assert (card.halo_px, card.stride, card.arguments) == (160, 32, {"bands": 3, "classes": 1})
     own = load_bundle(tmp_path / "unet11.safetensors").network.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("upsampling", ["bilinear", "transposed"])
+def test_both_kinds_of_unet16_import_by_what_they_hold(upsampling: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    state = build_network("unet16", upsampling=upsampling).state_dict()
+    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "t.pt")
+    card = import_checkpoint(tmp_path / "t.pt", tmp_path / "unet16.safetensors", "unet16")
+    assert card.arguments == {"bands": 3, "classes": 1, "upsampling": upsampling}
+    assert (card.halo_px, card.stride) == (192, 32)
+    own = load_bundle(tmp_path / "unet16.safetensors").network.state_dict()
     assert all(torch.equal(own[name], value) for name, value in state.items())
 
 
