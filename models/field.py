@@ -23,10 +23,13 @@ from .networks import OwnNetwork
 from .weights import Reach
 
 SHORTEST_STRIPE = 16
-ROWS_AT_ONCE = 8
 LONGEST_STRIPE = 128
 LONGEST_OWN_STRIPE = 64
 """The stripes probed, in strides: a field that reaches further than half of the longest counts as having no bound."""
+ROWS_AT_ONCE = 8
+"""Rows of ones that are sent through a network together."""
+OWN_WINDOW = 8
+"""Side of the window whose memory is measured, in strides, for an own network that has to be run for it."""
 
 
 @dataclass(frozen=True)
@@ -268,8 +271,24 @@ def peak_bytes_per_px(network: nn.Module, dtype: torch.dtype, bands: int = 3, wi
     """Most bytes of activations alive at once in one forward pass, for each pixel of the window.
 
     Input and output included; weights and the scratch space of the convolution library not. Nothing is computed: the
-    pass runs on the meta device, and every storage is counted from its first use until Python lets go of it.
+    pass runs on the meta device, and every storage is counted from its first use until Python lets go of it. A user's
+    own network that does not run there is run on a small window instead.
     """
+    if isinstance(network, OwnNetwork):
+        try:
+            return _peak_bytes_on_meta(network, dtype, bands, window_px)
+        except (RuntimeError, NotImplementedError, TypeError):
+            return _peak_bytes_on_cpu(network, dtype, bands, OWN_WINDOW * network.stride)
+    return _peak_bytes_on_meta(network, dtype, bands, window_px)
+
+
+def _peak_bytes_on_cpu(network: nn.Module, dtype: torch.dtype, bands: int, window_px: int) -> float:
+    with _in_eval_mode(network), torch.inference_mode(), _LiveStorages() as live:
+        network(torch.zeros(1, bands, window_px, window_px))
+    return float(live.peak_bytes) / window_px**2 * dtype.itemsize / torch.float32.itemsize
+
+
+def _peak_bytes_on_meta(network: nn.Module, dtype: torch.dtype, bands: int, window_px: int) -> float:
     state = {name: _meta(tensor, dtype) for name, tensor in (*network.named_parameters(), *network.named_buffers())}
     with _in_eval_mode(network), torch.inference_mode(), _LiveStorages() as live:
         side = window_px + getattr(network, "remainder_px", 0)

@@ -256,7 +256,10 @@ def load_bundle(path: Path | str, allowed_module: str | None = None) -> Bundle:
     path = Path(path)
     card = read_card(path)
     check_module(path, card, allowed_module)
-    network = _blank_network(path, card)
+    try:
+        network = blank_network(card)
+    except ValueError as error:
+        raise BundleError(f"{path}: {error}") from error
     try:
         state = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
@@ -281,19 +284,19 @@ def check_module(path: Path, card: Card, allowed_module: str | None) -> None:
         )
 
 
-def _blank_network(path: Path, card: Card) -> Network:
-    """The network of a card without its weights, the random state of the process left as it was."""
+def blank_network(card: Card) -> Network:
+    """The network of a card without its weights, the random state of the process left as it was.
+
+    A user's own network is imported and built: `check_module` comes first. Raises ValueError if it cannot be built.
+    """
     import torch
 
     from .networks import build_network
 
     # On the meta device nothing is initialised. A user's own network may compute when it is built.
     device = torch.device("meta" if card.module is None else "cpu")
-    try:
-        with torch.random.fork_rng(devices=[]), device:
-            return build_network(card.architecture, **card.arguments)
-    except ValueError as error:
-        raise BundleError(f"{path}: {error}") from error
+    with torch.random.fork_rng(devices=[]), device:
+        return build_network(card.architecture, **card.arguments)
 
 
 def import_checkpoint(
@@ -345,13 +348,3 @@ def import_checkpoint(
         licence=licence,
     )
     return save_bundle(destination, network, card)
-
-
-def load_encoder(network: Network, source: Path) -> None:
-    """Give a network's encoder the weights of torchvision's ImageNet file; the rest of the network stays as it is.
-
-    Raises BundleError if the file is not the one of this encoder.
-    """
-    from .checkpoints import adopt_checkpoint, read_checkpoint
-
-    adopt_checkpoint(network, read_checkpoint(source), source)

@@ -95,7 +95,7 @@ class PredictConfig(_Section):
         "auto", description="auto, exact, or a whole number of pixels from 0"
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto, float32 or bfloat16")
-    tta: Literal["none"] = Field("none", description="none")
+    tta: Literal["none", "d4"] = Field("none", description="none or d4")
 
 
 class VectorizeConfig(_Section):
@@ -163,6 +163,7 @@ class CityConfig(_Job):
     asset: Text | None = Field(None, description="null, or the name of an asset of STAC items such as visual")
     model: PathText = Field(description="the file of a model bundle, or the name of one in the package")
     output: PathText = Field(description="a folder such as runs/vienna")
+    module: Text | None = Field(None, description="null, or package.module:name of your own network, which is then run")
     bands: BandNames = (1, 2, 3)
     scale: Limits | Auto | None = Field(None, description="null, auto, or two sample values such as [0, 2047]")
     images_crs: Text | None = Field(None, description="null, or a coordinate system such as EPSG:32633")

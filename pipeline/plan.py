@@ -20,7 +20,7 @@ import shapely
 from affine import Affine
 from pyproj import CRS
 
-from segpipe.models.weights import BundleError, Card, file_digest, read_card, resolve_bundle
+from segpipe.models.weights import BundleError, Card, check_module, file_digest, read_card, resolve_bundle
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.grid import Lattice, Window
 from segpipe.tasks.grid import ground_pixel_m as pixel_m_of_raster
@@ -68,6 +68,7 @@ class Recipe:
     torch: str
     block_px: int
     halo_px: int
+    tta: Literal["none", "d4"] = "none"
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None) -> Plan:
     output = check_output(config.path(config.output))
     check_folder_is_ours(output, config.file)
     model = find_model(config.model, config.file.parent)
-    card = _card(model)
+    card = _card(model, config.module)
     headers, left_out = read_headers(find_images(config.images, config), skip=config.on_tile_error == "skip")
     _check_bands(config, headers, card)
     _check_resolution(config, headers, card)
@@ -358,9 +359,11 @@ def find_model(name: str, base: Path) -> Path:
         raise UserError(f"model: {error}") from None
 
 
-def _card(model: Path) -> Card:
+def _card(model: Path, allowed_module: str | None) -> Card:
     try:
-        return read_card(model)
+        card = read_card(model)
+        check_module(model, card, allowed_module)
+        return card
     except BundleError as error:
         raise UserError(f"model: {error}") from None
 
@@ -550,14 +553,17 @@ def _resolve_recipe(
     import torch
 
     from segpipe.models.field import peak_bytes_per_px
-    from segpipe.models.networks import build_network
     from segpipe.models.predictor import device_recipe, fast_bfloat16, resolve_device
+    from segpipe.models.weights import blank_network
 
     device = resolve_device()
     precision = config.predict.precision
     if precision == "auto":
         precision = "bfloat16" if fast_bfloat16(device) else "float32"
-    per_px = peak_bytes_per_px(build_network(card.architecture, **card.arguments), getattr(torch, precision))
+    try:
+        per_px = peak_bytes_per_px(blank_network(card), getattr(torch, precision), len(card.bands))
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
     step = math.lcm(layout.chunk_px, card.stride)
 
     def task_bytes(block_px: int) -> int:
@@ -589,7 +595,9 @@ def _resolve_recipe(
             f" fewer `cluster: {{workers: …}}`, or more memory"
         )
     kind = device_recipe(device)
-    recipe = Recipe(kind["device"], precision, "eager", workers.threads, kind["torch"], block_px, halo_px)
+    recipe = Recipe(
+        kind["device"], precision, "eager", workers.threads, kind["torch"], block_px, halo_px, config.predict.tta
+    )
     return recipe, task_bytes(block_px)
 
 
@@ -630,7 +638,8 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         ("halo", f"{recipe.halo_px} px: {100 * (seen_px / core_px - 1):.0f} % more pixels than the tiles have"),
         (
             "recipe",
-            f"{recipe.device}, {recipe.precision}, {recipe.mode}, {recipe.threads} threads, torch {recipe.torch}",
+            f"{recipe.device}, {recipe.precision}, {recipe.mode}, {recipe.threads} threads, torch {recipe.torch}"
+            + (", mean of the eight turns and flips" if recipe.tta == "d4" else ""),
         ),
         (
             "workers",

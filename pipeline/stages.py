@@ -119,7 +119,9 @@ def load_predictor(plan: Plan) -> Predictor:
         )
     if bundle_digest(plan.model) != plan.model_digest:
         raise RunError(f"{plan.model}: changed since the run began; expected the weights of the plan")
-    return Predictor(load_bundle(plan.model), device, plan.recipe.precision, plan.recipe.threads)
+    # The plan has checked that the YAML names the card's own module, if it has one.
+    bundle = load_bundle(plan.model, allowed_module=plan.card.module)
+    return Predictor(bundle, device, plan.recipe.precision, plan.recipe.threads, plan.recipe.tta)
 
 
 def tile_unit(plan: Plan, tile: int) -> str:

@@ -41,6 +41,7 @@ def test_the_least_that_works_has_the_defaults_of_the_contract(tmp_path: Path) -
     config = load_city(city(tmp_path))
     assert config.images == ("tiles/*.tif",)
     assert config.model_dump(exclude=set(LEAST)) == {
+        "module": None,
         "asset": None,
         "bands": (1, 2, 3),
         "scale": None,

@@ -22,7 +22,6 @@ from segpipe.models.weights import (
     file_digest,
     import_checkpoint,
     load_bundle,
-    load_encoder,
     packaged_bundles,
     read_card,
     resolve_bundle,
@@ -307,19 +306,6 @@ def test_the_imagenet_encoder_imports_with_a_fresh_decoder(shared: Path, tmp_pat
     encoder = [name for name in own if name.startswith("features.")]
     assert len(encoder) == 306
     assert all(torch.equal(own[name], published[name]) for name in encoder)
-
-
-def test_load_encoder_leaves_the_decoder_and_absent_counters(tmp_path: Path, network: Network) -> None:
-    state = {
-        name: torch.ones_like(value) for name, value in network.state_dict().items() if name.startswith("features.")
-    }
-    state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
-    torch.save(state | {"classifier.1.bias": torch.zeros(1000)}, tmp_path / "encoder.pth")
-    fresh = build_network("unet-mobilenetv2")
-    decoder = fresh.get_parameter("decoder.0.up.weight").clone()
-    load_encoder(fresh, tmp_path / "encoder.pth")
-    assert bool((fresh.get_parameter("features.17.conv.2.weight") == 1).all())
-    assert torch.equal(fresh.get_parameter("decoder.0.up.weight"), decoder)
 
 
 class Executed:
