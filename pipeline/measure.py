@@ -30,7 +30,10 @@ CORE_PX = 1024
 """Areas are predicted in cores of this size, with the exact halo: as `run` would."""
 PICTURE_PX = 4_000_000
 """Pictures of more pixels are predicted in cores too."""
+HALO_CORES, HALO_CORE_PX = 24, 256
+"""Windows that the effective halo is measured on: their number, and the side of their cores."""
 HALO_POSITIONS = 200
+"""Cells of one stride that have to lie in them for a halo to be told."""
 HALO_AREA_PX = 1024
 HALO_REGION_PX = 3072
 UNBOUNDED_PX = 512
@@ -66,9 +69,11 @@ class Eye:
         core = Window(view.core.row_off - frame.row_off, view.core.col_off - frame.col_off, *view.core.shape_yx)
         seen = reach(core, 0 if view.whole else self.halo_px, network.stride)
         if network.border_px:
-            seen = core.snap(network.stride).pad(network.border_px)
-            down, right = ((network.remainder_px - side) % network.stride for side in seen.shape_yx)
-            seen = Window(seen.row_off, seen.col_off, seen.height + down, seen.width + right)
+            # From the lattice on, as `run` does, although a few pixels less would do above and to the left.
+            core, before = core.snap(network.stride), -(-network.border_px // network.stride) * network.stride
+            tall, wide = (side + before + network.border_px for side in core.shape_yx)
+            down, right = ((network.remainder_px - side) % network.stride for side in (tall, wide))
+            seen = Window(core.row_off - before, core.col_off - before, tall + down, wide + right)
         return Window(seen.row_off + frame.row_off, seen.col_off + frame.col_off, *seen.shape_yx)
 
     def logits(self, image_BCHW: NDArray[np.uint8], present_BHW: NDArray[np.bool_]) -> Tensor:
@@ -228,37 +233,41 @@ class EffectiveHalo:
 def effective_halo(eye: Eye, area: Area, exact_px: int | None, seed: int = 0) -> EffectiveHalo | None:
     """The smallest halo in steps of the stride that changes next to nothing; None where the area is too small to tell.
 
-    At 200 random places of the stride's lattice the network is given a cell of one stride with the exact halo around
-    it, and all that is cut off there is put beside what it says with its surroundings in sight. A pixel that lies d
-    from the cut tells of a halo of d: the halo is the smallest from which on the largest change of a probability is at
-    most 2 steps of 250, and its 99.99th percentile at most one. exact_px None: the field has no bound, 512 px are
+    At random places of the stride's lattice the network is given a core with the exact halo around it, and what it says
+    there, everything beyond being cut off, is put beside what it says with its surroundings in sight. A pixel that lies
+    d from the cut tells of a halo of d: the halo is the smallest from which on the largest change of a probability is
+    at most 2 steps of 250, and its 99.99th percentile at most one. exact_px None: the field has no bound, 512 px are
     looked at. In float32, since it is small changes that are asked for.
     """
     stride, most = eye.network.stride, UNBOUNDED_PX if exact_px is None else exact_px
-    most = -(-most // stride) * stride
+    most, side = -(-most // stride) * stride, -(-HALO_CORE_PX // stride) * stride
     region = _region(area, stride)
     if min(region.shape_yx) < HALO_AREA_PX or eye.network.border_px:
         return None
-    cells = list(Window(0, 0, region.height, region.width).cells(stride))
-    if len(cells) < HALO_POSITIONS:
+    places = [
+        (row, col)
+        for row in range(0, region.height - side + 1, stride)
+        for col in range(0, region.width - side + 1, stride)
+    ]
+    positions = HALO_CORES * (side // stride) ** 2
+    if len(places) < HALO_CORES or positions < HALO_POSITIONS:
         return None
     eye = replace(eye, precision="float32", halo_px=most)
     framed = replace(area, frame=region)
-    picks = np.random.default_rng(seed).choice(len(cells), HALO_POSITIONS, replace=False)
+    picks = np.random.default_rng(seed).choice(len(places), HALO_CORES, replace=False)
     with _evaluating(eye.network), torch.no_grad():
         whole_HW, valid_HW = _probabilities(eye, framed, region)
         counts = np.zeros((most // stride + 1, STEPS * 4 + 1), np.int64)
         largest = np.zeros(most // stride + 1)
         for pick in picks:
-            row, col = cells[pick]
-            _compare(eye, framed, Window.cell(row, col, stride), whole_HW, valid_HW, counts, largest)
+            _compare(eye, framed, Window(*places[pick], side, side), whole_HW, valid_HW, counts, largest)
     # What is true of a distance is true of all halos up to it.
     largest = np.maximum.accumulate(largest[::-1])[::-1]
     counts = np.cumsum(counts[::-1], axis=0)[::-1]
     for step in range(most // stride + 1):
         percentile = _percentile(counts[step])
         if largest[step] <= MOST_CHANGE and percentile <= USUAL_CHANGE:
-            return EffectiveHalo(step * stride, HALO_POSITIONS, float(largest[step]), percentile)
+            return EffectiveHalo(step * stride, positions, float(largest[step]), percentile)
     return None
 
 
@@ -289,36 +298,28 @@ def _probabilities(eye: Eye, area: Area, region: Window) -> tuple[NDArray[np.flo
 def _compare(
     eye: Eye,
     area: Area,
-    cell: Window,
+    core: Window,
     whole_HW: NDArray[np.float32],
     valid_HW: NDArray[np.bool_],
     counts: NDArray[np.int64],
     largest: NDArray[np.float64],
 ) -> None:
-    """Take note of what changes around a cell if all beyond its halo is cut off, by the distance from the cut."""
+    """Take note of what changes around a core if all beyond its halo is cut off, by the distance from the cut."""
     stride, region = eye.network.stride, area.whole
-    box = cell.pad(eye.halo_px)
+    box = core.pad(eye.halo_px)
     placed = Window(box.row_off + region.row_off, box.col_off + region.col_off, *box.shape_yx)
     image_CHW, _, seen_HW = cut(area, placed)
     prob_HW = torch.sigmoid(eye.logits(image_CHW[None], seen_HW[None] != 0)[0]).cpu().numpy()
     inside = box.intersect(Window(0, 0, *region.shape_yx))
     mine, theirs = inside.within(box), inside.within(Window(0, 0, *region.shape_yx))
     change = np.abs(prob_HW[mine] - whole_HW[theirs])
-    along = [
-        _from_cut(*ends) for ends in ((box.row_off, box.height, region.height), (box.col_off, box.width, region.width))
-    ]
-    away = np.minimum(along[0][:, None], along[1][None])[mine]
+    # An edge beyond the region cuts too: the network's own padding is not fill.
+    rows, cols = (np.minimum(np.arange(side), side - 1 - np.arange(side)) for side in box.shape_yx)
+    away = np.minimum(rows[:, None], cols[None])[mine]
     keep = valid_HW[theirs]
     step, change = np.minimum(away[keep] // stride, counts.shape[0] - 1), change[keep]
     np.maximum.at(largest, step, change)
     np.add.at(counts, (step, np.minimum(np.ceil(change * STEPS * 4), STEPS * 4).astype(np.int64)), 1)
-
-
-def _from_cut(start: int, length: int, end: int) -> NDArray[np.int64]:
-    """Of each pixel along a side, how far the nearer end is at which something is cut off: not beyond 0 or end."""
-    index = np.arange(length)
-    far = np.full(length, np.iinfo(np.int64).max)
-    return np.minimum(index if start > 0 else far, length - 1 - index if start + length < end else far)
 
 
 def _percentile(counts: NDArray[np.int64]) -> float:
