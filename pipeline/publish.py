@@ -38,7 +38,7 @@ from . import changes
 
 LAYER = "buildings"
 CHANGES_LAYER = "changes"
-BATCH_ROWS = 4096
+BATCH_ROWS = 1024
 """Most rows of a batch, in and out: a large city takes as little memory as a small one, and no more time."""
 
 SCHEMA = pa.schema(
