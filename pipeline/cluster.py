@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import itertools
 import logging
 import os
@@ -41,8 +40,6 @@ glibc gives a thread's large allocations back all the same, faulted in by huge p
 
 Not MALLOC_ARENA_MAX=1 too: blocks were up to twice as fast, but one fragmented arena took a worker from 8 to 16 GiB.
 """
-M_MMAP_THRESHOLD = -3
-"""Of glibc's malloc.h."""
 THREADS_PER_WORKER = 2
 """One for the task that holds the GPU, one for reading and vectorizing meanwhile."""
 
@@ -270,20 +267,8 @@ def open_pool(plan: Plan, scheduler: str | None) -> Iterator[Pool]:
             **ALLOCATOR,
         },
     }
-    _give_freed_memory_back()
     with dask.config.set(settings), _attached(plan, scheduler) if scheduler is not None else _local(plan) as pool:
         yield pool
-
-
-def _give_freed_memory_back() -> None:
-    """Have glibc return blocks of this process, which only waits and publishes, as soon as they are freed.
-
-    Its limit for that grows with the blocks that it sees, and what is freed below it stays: publishing a city of 16
-    times the area took 14 % more memory, with this 8 %.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 256 * 2**10)
 
 
 @contextmanager
