@@ -193,8 +193,8 @@ def evaluate(run: Path, truth: Path, debug: bool) -> None:
 def init(folder: Path, target: Path, overrides: tuple[str, ...], debug: bool) -> None:
     """Look at the tiles in a FOLDER and write a commented city.yaml for them, with a picture beside it."""
     with _told(debug):
+        from .describe import describe
         from .init import write_city_yaml
-        from .plan import describe
 
         for label, text in describe(write_city_yaml(folder, target, overrides)):
             click.echo(f"{label:>10}  {text}")

@@ -127,6 +127,12 @@ class StoreConfig(_Section):
     keep: Literal["all", "probability", "none"] = Field("all", description="all, probability or none")
 
 
+class PublishConfig(_Section):
+    """What is published besides footprints and rasters of the whole city."""
+
+    tile_masks: bool = Field(False, description="true or false")
+
+
 class _Job(_Section):
     """A YAML file as a value; paths in it are relative to the file's folder."""
 
@@ -175,6 +181,7 @@ class CityConfig(_Job):
     predict: PredictConfig = Field(PredictConfig(), description="keys and values such as {halo: auto}")
     vectorize: VectorizeConfig = Field(VectorizeConfig(), description="keys and values such as {threshold: 0.4}")
     cluster: ClusterConfig = Field(ClusterConfig(), description="keys and values such as {workers: 2}")
+    publish: PublishConfig = Field(PublishConfig(), description="keys and values such as {tile_masks: true}")
     store: StoreConfig = Field(StoreConfig(), description="keys and values such as {keep: all}")
 
     def _absolute_paths(self) -> dict[str, Any]:

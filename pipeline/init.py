@@ -9,6 +9,7 @@ Axes: B bands, H rows, W columns.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,8 +40,6 @@ from .report import PAPER_RGB, hatch
 MODEL = "buildings-mobilenetv2"
 LOOKED_AT_MPX = 400
 """Megapixels that are read for nodata and shown in the picture, of tiles evenly spread over the list."""
-GUESSES = (0.0, 255.0)
-"""Sample values that collars and holes are made of, where no tile declares one."""
 LEAST_SHARE = 0.0005
 """A guessed value is proposed if it takes at least this share of the pixels looked at."""
 PICTURE_PX = 1200
@@ -179,11 +178,15 @@ def _bands(header: TileHeader, count: int) -> tuple[int, ...]:
 
 
 def guess_nodata(headers: Sequence[TileHeader], images_crs: str | None, bands: tuple[int, ...]) -> list[Nodata]:
-    """What each value that may stand for nodata would take away, by the rule that the run goes by."""
+    """What each value that may stand for nodata would take away, by the rule that the run goes by.
+
+    The values are those that tiles declare, and black and white, which collars and holes are made of.
+    """
     found = []
     declared = {header.nodata for header in headers if header.nodata is not None}
+    guesses = {0.0} | {float(np.iinfo(header.dtype).max) for header in headers if header.dtype.startswith("uint")}
     total = sum(header.width * header.height for header in headers)
-    for value in sorted(declared | set(GUESSES)):
+    for value in sorted(value for value in declared | guesses if not math.isnan(value)):  # NaN is invalid in any case
         pixels = tiles = 0
         area = 0.0
         for header in headers:

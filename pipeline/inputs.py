@@ -24,7 +24,7 @@ RASTERS = frozenset({".tif", ".tiff", ".jp2", ".vrt", ".png", ".jpg", ".jpeg", "
 """Endings that count as imagery where a folder is named."""
 CLOSED = {".ecw": "ECW", ".sid": "MrSID"}
 """Formats that GDAL reads with a vendor's library alone."""
-PUBLISHED = frozenset({"mask.tif", "probability.tif", "preview.png"})
+PUBLISHED = frozenset({"mask.tif", "probability.tif", "preview.png", "tile_masks"})
 KEPT = frozenset({"store.zarr", "fragments", "ledger", "validity"})
 PARTIAL = ".partial"
 """In the names of what is being written, or was when a run was killed."""

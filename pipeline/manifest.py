@@ -32,7 +32,7 @@ OUTPUTS = ("mask.tif", "probability.tif", "preview.png", "report.html")
 """What is published besides the GeoPackage."""
 TRACES = ("settled.json", "ledger")
 """What a run leaves in its folder before it writes anything else there."""
-REPLACED = (*OUTPUTS, "city.yaml", MANIFEST, "tasks.jsonl", "store.zarr", "fragments", "validity")
+REPLACED = (*OUTPUTS, "city.yaml", MANIFEST, "tile_masks", "tasks.jsonl", "store.zarr", "fragments", "validity")
 """What a run writes in its folder whatever is there. Of GeoPackages it knows its own by their rows."""
 
 
@@ -222,7 +222,7 @@ def make_manifest(config: CityConfig, plan: Plan, state: dict[str, Any], publish
     ]
     own, begun = _digests(_read(plan.output))
     others = {path.name for path in _geopackages(plan.output)} - {published.geopackage.name}
-    outputs = (published.geopackage.name, *OUTPUTS)
+    outputs = (published.geopackage.name, *OUTPUTS, *published.tile_masks)
     return {
         "name": plan.name,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

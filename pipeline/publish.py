@@ -6,6 +6,7 @@ rasters in windows, so memory is set by the batch and the block, not by the city
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -38,7 +39,7 @@ from . import changes
 
 LAYER = "buildings"
 CHANGES_LAYER = "changes"
-BATCH_ROWS = 4096
+BATCH_ROWS = 1024
 """Most rows of a batch, in and out: a large city takes as little memory as a small one, and no more time."""
 
 SCHEMA = pa.schema(
@@ -57,6 +58,8 @@ predicted, geometry as WKB in coordinates of the CRS."""
 PARTIAL = ".partial-segpipe"
 """Marks what is not finished: `mask.partial-segpipe.tif` beside `mask.tif`."""
 
+M_MMAP_THRESHOLD = -3
+"""Of glibc's malloc.h."""
 TILE_PX = 512
 """Internal tiles of the COGs."""
 
@@ -68,6 +71,18 @@ class Written:
     features: int
     digest: str
     bounds: tuple[float, float, float, float] | None
+
+
+def give_freed_memory_back() -> None:
+    """Have glibc return to the system what has been freed: else each step's leavings lie under the next one's peak.
+
+    Its own limit for that grows with the blocks that it sees.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):  # other C libraries have neither
+        libc.mallopt(M_MMAP_THRESHOLD, 256 * 2**10)
+        libc.malloc_trim(0)
+    pa.default_memory_pool().release_unused()
 
 
 def partial_path(path: Path) -> Path:

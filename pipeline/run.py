@@ -29,9 +29,10 @@ from segpipe.tasks.vectorize import Buildings, finished_from_bytes, mask_of, pub
 from . import changes, manifest, publish, report
 from .cluster import Pool, open_pool
 from .config import CityConfig
+from .describe import describe, pixels_seen, seconds_of
 from .flow import Block, Flow, run_joins
 from .inputs import versions
-from .plan import Plan, describe, ground_pixel_m, make_plan, pixels_seen, seconds_of
+from .plan import Plan, ground_pixel_m, make_plan
 from .progress import Listener, StageSums, watching
 from .stages import (
     Receipt,
@@ -45,6 +46,7 @@ from .stages import (
     tile_unit,
 )
 from .store import OWN_FOLDERS, Store, locked, prepare_store, remove_leftovers, write_bytes, write_json
+from .tile_masks import write_tile_masks
 
 SETTLED = "settled.json"
 ORDER_CELL_PX = 4096
@@ -60,7 +62,7 @@ class Published:
     """What a run has published.
 
     changes: buildings added, removed and modified since the last publishing; validity: invalid pixels by reason;
-    skipped: tiles that could not be read, and why.
+    skipped: tiles that could not be read, and why; tile_masks: paths of the masks of single tiles in the run folder.
     """
 
     geopackage: Path
@@ -74,6 +76,7 @@ class Published:
     skipped: dict[str, str]
     notes: tuple[str, ...]
     stages: dict[str, StageSums]
+    tile_masks: tuple[str, ...]
 
 
 def map_city(config: CityConfig, console: Console, scheduler: str | None = None, fresh: bool = False) -> Published:
@@ -234,11 +237,14 @@ def publish_all(
         valid_px += int(np.count_nonzero(prob_HW != INVALID))
         return np.where(prob_HW == INVALID, np.uint8(INVALID), mask_HW.astype(np.uint8))
 
+    publish.give_freed_memory_back()
     geopackage = publish.partial_path(folder / "buildings.gpkg")
     area = _Sum()
     written = publish.write_geopackage(geopackage, area.of(batches_in_order(site, homes)), plan.lattice.crs_wkt)
+    publish.give_freed_memory_back()
     block_px = min(plan.block_px, ORDER_CELL_PX)
     publish.write_cog(folder / "mask.tif", read_mask, plan.bounds, plan.lattice, resampling="mode", block_px=block_px)
+    publish.give_freed_memory_back()
     publish.write_cog(
         folder / "probability.tif",
         lambda window: read_in_area(site, window),
@@ -247,6 +253,9 @@ def publish_all(
         resampling="average",
         block_px=block_px,
     )
+    publish.give_freed_memory_back()
+    asked_for = plan.tiles if config.publish.tile_masks else ()
+    tile_masks = write_tile_masks(folder, folder / "mask.tif", asked_for, plan.lattice)
     notes = list(plan.notes)
     left: list[str] = []
     known = manifest.revoke(folder, written.digest)
@@ -279,6 +288,7 @@ def publish_all(
         skipped=plan.left_out | {plan.tiles[tile].path: reason for tile, reason in skipped.items()},
         notes=tuple(notes),
         stages=listener.stages,
+        tile_masks=tuple(tile_masks),
     )
 
 
@@ -443,7 +453,11 @@ def write_preview_and_report(config: CityConfig, plan: Plan, published: Publishe
         skipped=tuple(published.skipped.items()),
         warnings=published.notes,
         versions=tuple(versions().items()),
-        outputs=((published.geopackage.name, "layers buildings (the footprints) and changes"), *OUTPUTS),
+        outputs=(
+            (published.geopackage.name, "layers buildings (the footprints) and changes"),
+            *([("tile_masks/", "a mask a tile: 255 building, 0 not")] if published.tile_masks else []),
+            *OUTPUTS,
+        ),
         changes=tuple(published.changes.items()),
     )
     report.write_report(folder / "report.html", page, preview)

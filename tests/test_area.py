@@ -35,9 +35,10 @@ from pyproj import CRS, Transformer
 from scipy.ndimage import binary_dilation, label
 
 from segpipe.pipeline.config import load_city
+from segpipe.pipeline.describe import describe
 from segpipe.pipeline.district import District, resolve_area
 from segpipe.pipeline.manifest import nothing_changed
-from segpipe.pipeline.plan import describe, make_plan
+from segpipe.pipeline.plan import make_plan
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.grid import Lattice, Window
 from segpipe.tasks.vectorize import first_pixels

@@ -64,13 +64,15 @@ def one_in_degrees(folder: Path) -> None:
 
 def sixteen_bits(folder: Path) -> None:
     for number in range(2):
-        tile(folder / f"{number}.tif", number, image=draw_blobs(SIDE, SIDE, number).astype(np.uint16) * 13)
+        image = draw_blobs(SIDE, SIDE, number).astype(np.uint16) * 13
+        image[:, :, :90] = 65535
+        tile(folder / f"{number}.tif", number, image=image)
 
 
 def floats_with_nan(folder: Path) -> None:
     image = draw_blobs(SIDE, SIDE).astype(np.float32) / 255
     image[:, 100:150, 30:90] = np.nan
-    tile(folder / "a.tif", image=image)
+    tile(folder / "a.tif", image=image, nodata=np.nan)
 
 
 def near_infrared(folder: Path) -> None:
@@ -117,7 +119,7 @@ def two_tenths(folder: Path) -> None:
         (plain, {"bands": [1, 2, 3], "nodata": []}),
         (one_without_crs, {"images_crs": "EPSG:32633"}),
         (one_in_degrees, {}),
-        (sixteen_bits, {"scale": "auto"}),
+        (sixteen_bits, {"scale": "auto", "nodata": [65535]}),
         (floats_with_nan, {"scale": "auto"}),
         (near_infrared, {"bands": [1, 2, 3]}),
         (collar, {"nodata": [255]}),

@@ -240,7 +240,8 @@ def test_a_warped_tile_added_in_the_west_redoes_only_what_sees_it(make_city: Mak
 
 def test_plan_and_manifest_say_what_is_warped(make_city: MakeCity, tmp_path: Path) -> None:
     from segpipe.pipeline.config import load_city
-    from segpipe.pipeline.plan import describe, make_plan
+    from segpipe.pipeline.describe import describe
+    from segpipe.pipeline.plan import make_plan
 
     city = make_city(1, 2, **SMALL)
     image, transform = carried(tmp_path / "tiles" / "tile2.tif", "EPSG:3857")

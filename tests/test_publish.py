@@ -104,7 +104,7 @@ def test_120_000_footprints_stream_to_the_file_in_order_and_unchanged(tmp_path: 
             yield rows(np.arange(first, min(120_000, first + BATCH_ROWS)))
 
     written = write_geopackage(path, batches(), WKT)
-    assert size_at[1] > 500_000, "the first batch was not on disk when the second was asked for"
+    assert size_at[1] > 200_000, "the first batch was not on disk when the second was asked for"
     assert size_at[0] < size_at[1] < size_at[2]
     frame = pyogrio.read_dataframe(path, layer="buildings")
     expected = pa.Table.from_batches(list(batches())).to_pandas()
@@ -147,7 +147,7 @@ def test_changes_stand_beside_the_buildings_unchanged_with_index_style_and_nulls
     digest = write(path, 50)
     whole = changed(2 * BATCH_ROWS)
     counts = add_changes(path, [whole.slice(0, 10), whole.slice(10)], WKT)
-    assert counts == {"added": 2731, "removed": 2731, "modified": 2730}
+    assert counts == {"added": 683, "removed": 683, "modified": 682}
     (layers,) = zip(*(pyogrio.list_layers(path)[:, :1]), strict=True)
     assert [*layers] == ["buildings", "changes", "layer_styles"]
     found = pa.Table.from_batches(read_rows(path, "changes", changes.SCHEMA))
@@ -172,7 +172,7 @@ def test_a_full_disk_while_changes_are_added_leaves_nothing(tmp_path: Path) -> N
     path = partial_path(tmp_path / "buildings.gpkg")
     write(path, 10)
     with largest_file(1_000_000), pytest.raises(RunError, match="cannot be written"):
-        add_changes(path, [changed(3 * BATCH_ROWS)], WKT)
+        add_changes(path, [changed(12 * BATCH_ROWS)], WKT)
     assert not list(tmp_path.iterdir())
 
 
@@ -300,7 +300,7 @@ def test_an_error_in_the_source_of_batches_comes_through_as_it_is(tmp_path: Path
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_partial_geopackage(tmp_path: Path) -> None:
-    batches = [rows(np.arange(first, first + BATCH_ROWS)) for first in (0, BATCH_ROWS)]
+    batches = [rows(np.arange(first, first + BATCH_ROWS)) for first in range(0, 8 * BATCH_ROWS, BATCH_ROWS)]
     with largest_file(1_000_000), pytest.raises(RunError, match="cannot be written"):
         write_geopackage(tmp_path / "buildings.gpkg", batches, WKT)
     assert not list(tmp_path.iterdir())
