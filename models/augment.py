@@ -165,10 +165,11 @@ def augment(
     """
     device = image_BCHW.device
     matrix_B23 = _placements(image_BCHW.shape[0], image_BCHW.shape[2:], crop_yx, settings, rng).to(device)
-    valid_B1HW = valid_BHW[:, None].float()
-    stack = torch.cat([image_BCHW / 255 * valid_B1HW, label_BHW[:, None] * valid_B1HW, valid_B1HW], 1)
-    warped = warp_affine(stack, matrix_B23, crop_yx, align_corners=True)
-    image, target, valid = warped[:, :-2], (warped[:, -2:-1] > 0.5).float(), warped[:, -1] > 0.999
+    valid_B1HW = valid_BHW[:, None]
+    # Masked while still bytes: most of what is read in is only surroundings.
+    stack = torch.cat([image_BCHW, label_BHW[:, None], valid_B1HW], 1) * valid_B1HW
+    warped = warp_affine(stack.float(), matrix_B23, crop_yx, align_corners=True)
+    image, target, valid = warped[:, :-2] / 255, (warped[:, -2:-1] > 0.5).float(), warped[:, -1] > 0.999
     image = _recolour(image.clamp(0, 1), settings, rng)
     image = _degrade(image, settings, rng)
     valid = valid & _kept(valid.shape[0], crop_yx, settings, rng, device)

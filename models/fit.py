@@ -36,7 +36,7 @@ FitPrecision = Literal["float32", "bfloat16", "float64"]
 
 
 class FitError(RuntimeError):
-    """A fit cannot begin or go on: one line that says why, and what is kept. batch: the number of the one at fault."""
+    """A fit cannot begin or go on: one line that says why, and what is kept. batch: the first that may be at fault."""
 
     def __init__(self, message: str, batch: int | None = None) -> None:
         super().__init__(message)
@@ -108,6 +108,8 @@ class FitSettings:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience {self.patience}: expected at least 1, or None")
+        if not 0 <= self.swa_start < 1:
+            raise ValueError(f"swa_start {self.swa_start}: expected a share from 0 and below 1")
         if not 0 <= self.warmup_steps < self.steps or self.loaders < 0:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} of {self.steps} steps in all, loaders {self.loaders}: expected 0 or"
@@ -355,6 +357,7 @@ def _fit_in_processes(job: Job, report: Callable[[Record], None]) -> None:
             f"nodes: {job.settings.nodes}: this is one process; expected one for every device of every node: start"
             f" them with srun, or torchrun --nnodes {job.settings.nodes} --nproc-per-node {job.settings.devices}"
         )
+    job.network.cpu()  # to be pickled
     told: multiprocessing.Queue[Record | FitError] = multiprocessing.get_context("spawn").Queue()
     arguments = (job, _free_port(), told)
     processes = start_processes(  # type: ignore[no-untyped-call]  # torch annotates only a part of it

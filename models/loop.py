@@ -58,7 +58,8 @@ Item = tuple[int, Batch]
 def run_loop(job: Job, report: Callable[[Record], None]) -> None:
     """Train from the last checkpoint to the end, in this process. FitError as `fit` says."""
     settings = job.settings
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     # What is computed with TF32, or by whichever kernel was fastest, would not be computed so again.
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -261,9 +262,11 @@ class Loop(LightningModule):
             if not (math.isfinite(loss) and math.isfinite(length)):
                 at = step - len(lengths) + number // self.settings.accumulate + 1
                 what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient is {length}"
+                # Processes share their losses, so that all of them meet what is wrong with the batch of one.
+                first, more = index - self.trainer.global_rank, self.trainer.world_size - 1
+                named = f"batches {first} to {first + more}" if more else f"batch {first}"
                 raise FitError(
-                    f"{what} at step {at}, batch {index}; a lower learning rate or clip_norm may help; {self.kept()}",
-                    index,
+                    f"{what} at step {at}, {named}; a lower learning rate or clip_norm may help; {self.kept()}", first
                 )
         self.batches, self.losses, self.lengths = [], [], []
         mean = sum(losses) / len(losses)

@@ -91,9 +91,10 @@ class Histogram:
     negative: Tensor
 
     @staticmethod
-    def empty() -> Histogram:
+    def empty(device: torch.device | None = None) -> Histogram:
         """Nothing counted yet."""
-        return Histogram(torch.zeros(STEPS + 1, dtype=torch.int64), torch.zeros(STEPS + 1, dtype=torch.int64))
+        positive, negative = torch.zeros(2, STEPS + 1, dtype=torch.int64, device=device)
+        return Histogram(positive, negative)
 
     def __add__(self, other: Histogram) -> Histogram:
         return Histogram(self.positive + other.positive, self.negative + other.negative)
@@ -225,7 +226,7 @@ def score(
     prob = prob.masked_fill(~keep, 0.0)
     true = true & keep
     stored = torch.round(prob * STEPS).to(torch.uint8)
-    edge = torch.zeros_like(keep) if edge_BHW is None else keep & edge_BHW.bool().reshape(-1, 1, *prob.shape[2:])
+    edge = None if edge_BHW is None else keep & edge_BHW.bool().reshape(-1, 1, *prob.shape[2:])
     both, sum_true, sum_prob = (prob * true).sum(), true.sum(), prob.sum()
     mask = stored >= STEPS / 2  # invalid pixels have probability 0
     union, common = (mask | true).sum(), (mask & true).sum()
@@ -234,13 +235,12 @@ def score(
             _quotient(2 * both, sum_true + sum_prob),
             _quotient(both, sum_true + sum_prob - both),
             _quotient(common, union),
-            torch.as_tensor(loss, device=prob.device).detach().double(),
+            torch.as_tensor(loss, dtype=torch.float64, device=prob.device),
             torch.ones((), dtype=torch.float64, device=prob.device),
         ]
     )
-    counts = histogram(stored, true, keep)
-    outer = histogram(stored, true, edge) if edge_BHW is not None else Histogram.empty()
-    return Scores(counts, Histogram(outer.positive.to(prob.device), outer.negative.to(prob.device)), sums)
+    outer = Histogram.empty(prob.device) if edge is None else histogram(stored, true, edge)
+    return Scores(histogram(stored, true, keep), outer, sums)
 
 
 def edge_mask(height: int, width: int, edge_px: int = EDGE_PX) -> Tensor:

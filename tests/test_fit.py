@@ -3,6 +3,8 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import nn
 from torch.utils.data import get_worker_info
 
 from segpipe.models.augment import Batch
-from segpipe.models.fit import FitError, FitSettings, fit
+from segpipe.models.fit import FitError, FitSettings, first_process, fit
 from segpipe.models.losses import bce_jaccard
 from segpipe.models.metrics import Scores, score
 from segpipe.models.networks import Network
@@ -461,7 +463,15 @@ def test_gradients_are_clipped_to_one_length_and_accumulated_as_a_mean(tmp_path)
 
 
 def test_settings_that_make_no_sense_are_refused():
-    for wrong in ({"epochs": 0}, {"warmup_steps": 12}, {"patience": 0}, {"optimiser": "lamb"}, {"precision": "int8"}):
+    wrongs = {
+        "epochs": 0,
+        "warmup_steps": 12,
+        "patience": 0,
+        "swa_start": 1.0,
+        "optimiser": "lamb",
+        "precision": "int8",
+    }
+    for wrong in ({key: value} for key, value in wrongs.items()):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             replace(SETTINGS, **wrong)
 
@@ -469,3 +479,24 @@ def test_settings_that_make_no_sense_are_refused():
 def test_several_nodes_are_not_started_from_one(tmp_path):
     with pytest.raises(FitError, match="torchrun --nnodes 2 --nproc-per-node 1"):
         run(tmp_path, settings=replace(SETTINGS, nodes=2))
+
+
+def test_a_fit_alone_in_a_batch_job_of_many_takes_no_notice_of_the_others(tmp_path, monkeypatch):
+    for name, value in {
+        "SLURM_NTASKS": "4",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_JOB_ID": "7",
+        "SLURM_PROCID": "3",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert first_process()
+    assert len(run(tmp_path, settings=replace(SETTINGS, epochs=1)).records) == 1
+
+
+def test_nothing_but_training_imports_lightning():
+    code = (
+        "import sys; import segpipe.models.fit, segpipe.models.predictor, segpipe.pipeline.run, segpipe.pipeline.train;"
+        " print([name for name in ('lightning', 'tensorboard') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

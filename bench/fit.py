@@ -1,0 +1,115 @@
+"""Speed of the steps of `segpipe train` against bare steps on tensors that are already in memory.
+
+    python bench/fit.py conf/train/buildings.yaml --set fit.crop_px=256 --set fit.batch=8 --steps 20
+
+Both take turns in one process, with the same network, loss, optimiser, precision and threads, so the ratio holds even
+where the speeds do not. A step of the training draws its crops from the chunks in other processes, augments them,
+measures them, averages weights and writes checkpoints; a bare one is forward, loss, backward and the optimiser's step.
+Prints Markdown: the median of the rounds, and of the ratios of each round.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from torch import nn
+
+from segpipe.models.augment import Batch, prepare
+from segpipe.models.field import probe_field
+from segpipe.models.fit import FitSettings, Fitted, fit
+from segpipe.models.loop import make_optimiser
+from segpipe.models.losses import Loss
+from segpipe.models.metrics import Scores
+from segpipe.models.networks import Network
+from segpipe.models.predictor import resolve_device
+from segpipe.pipeline import train
+from segpipe.pipeline.config import load_train
+
+HELD = 4
+"""Batches that are held in memory for the bare steps."""
+
+
+def bare_seconds(network: Network, loss: Loss, batches: list[Batch], settings: FitSettings, steps: int) -> float:
+    """Seconds of one bare step, of so many."""
+    network = copy.deepcopy(network).to(resolve_device()).to(memory_format=torch.channels_last).train()
+    if settings.frozen_statistics or settings.freeze_encoder:
+        for name, layer in network.named_modules():
+            if name.startswith(network.encoder_prefix) and isinstance(layer, nn.BatchNorm2d):
+                layer.eval()
+    optimiser = make_optimiser(network, settings)
+    device = next(network.parameters()).device
+
+    def step(batch: Batch) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+            value = loss(network(batch.image_BCHW), batch.target_BKHW, batch.valid_BHW)
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+
+    step(batches[0])
+    synchronise()
+    start = time.perf_counter()
+    for number in range(steps):
+        step(batches[number % len(batches)])
+    synchronise()
+    return (time.perf_counter() - start) / steps
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def fit_seconds(run: Callable[[FitSettings, Path], Fitted], settings: FitSettings, steps: int) -> float:
+    """Seconds of one step of a fit, of so many after as many to warm up."""
+    settings = replace(settings, epochs=2, steps_per_epoch=steps, patience=None, warmup_steps=0)
+    with tempfile.TemporaryDirectory(prefix="segpipe-bench-") as name:
+        return run(settings, Path(name)).records[-1].train_seconds / steps
+
+
+@click.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Change a key of the YAML.")
+@click.option("--steps", default=20, show_default=True, help="Steps of each kind in a round.")
+@click.option("--rounds", default=3, show_default=True)
+def main(config: Path, overrides: tuple[str, ...], steps: int, rounds: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="segpipe-bench-") as name:
+        job_config = load_train(config, (*overrides, f"output={name}"))
+        network, loss = train.new_network(job_config), train.new_loss(job_config)
+        sources = train.plan_sources(job_config, Path(name) / "areas")
+        train.read_sources(sources, job_config.readers, Console(quiet=True))
+        job = train.plan_job(job_config, network, sources, probe_field(network, network.stride, len(job_config.bands)))
+        settings, device = job.settings, resolve_device()
+        prepared = partial(prepare, framing=job.framing, normalisation=job.normalisation, augmentation=job.augmentation)
+        held = [prepared(job.crops[number], device) for number in range(HELD)]
+
+        def run(settings: FitSettings, folder: Path) -> Fitted:
+            own = copy.deepcopy(network).to(device)
+            return fit(own, loss, job.crops, prepared, lambda network: Scores.empty(), settings, folder)
+
+        bare, whole = [], []
+        for _ in range(rounds):
+            bare.append(bare_seconds(network, loss, held, settings, steps))
+            whole.append(fit_seconds(run, settings, steps))
+        ratio = statistics.median(slow / quick for quick, slow in zip(bare, whole, strict=True))
+        print("| network | batch | crop px | precision | loaders | threads | bare step, s | of a fit, s | fit / bare |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        print(
+            f"| {job_config.network.name} | {job_config.fit.batch} | {job.framing.crop_yx[0]} | {settings.precision} |"
+            f" {settings.loaders} | {torch.get_num_threads()} | {statistics.median(bare):.3f} |"
+            f" {statistics.median(whole):.3f} | {ratio:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
