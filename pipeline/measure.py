@@ -317,9 +317,11 @@ def _compare(
     rows, cols = (np.minimum(np.arange(side), side - 1 - np.arange(side)) for side in box.shape_yx)
     away = np.minimum(rows[:, None], cols[None])[mine]
     keep = valid_HW[theirs]
-    step, change = np.minimum(away[keep] // stride, counts.shape[0] - 1), change[keep]
+    step, change = np.minimum(away[keep] // stride, len(largest) - 1), change[keep]
     np.maximum.at(largest, step, change)
-    np.add.at(counts, (step, np.minimum(np.ceil(change * STEPS * 4), STEPS * 4).astype(np.int64)), 1)
+    bins = counts.shape[1]
+    quarter = np.minimum(np.ceil(change * (bins - 1)), bins - 1).astype(np.int64)
+    counts += np.bincount(step * bins + quarter, minlength=counts.size).reshape(counts.shape)
 
 
 def _percentile(counts: NDArray[np.int64]) -> float:

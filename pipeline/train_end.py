@@ -22,7 +22,7 @@ from segpipe.models.weights import Card, save_bundle
 
 from .config import TrainConfig
 from .job import TrainJob
-from .measure import Eye, Seen, View, count_logits, effective_halo, look, measure
+from .measure import HALO_AREA_PX, Eye, Seen, View, count_logits, effective_halo, look, measure
 from .store import write_bytes
 from .train_report import Example, TrainReport, triptych, write_train_report
 
@@ -169,9 +169,10 @@ def _effective_halo(config: TrainConfig, job: TrainJob, eye: Eye) -> tuple[int |
     """The effective halo, and in words how it was found."""
     exact = job.card.halo_px
     if config.effective_halo == "measure":
-        largest = max((*job.split.train, *job.split.validate), key=lambda area: area.valid_pixels)
-        found = effective_halo(eye, largest, exact, config.fit.seed)
-        if found is not None:
+        large = [it for it in (*job.split.train, *job.split.validate) if min(it.window.shape_yx) >= HALO_AREA_PX]
+        largest = max(large, key=lambda area: area.valid_pixels, default=None)
+        found = None if largest is None else effective_halo(eye, largest, exact, config.fit.seed)
+        if found is not None and largest is not None:
             return found.halo_px, (
                 f"effective halo of {found.halo_px} px: beyond it probabilities changed by {found.largest:.4f} at most"
                 f" and {found.percentile:.4f} in the 99.99th percentile, at {found.positions} places of {largest.name}"

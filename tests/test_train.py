@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 from functools import partial
 from pathlib import Path
 
@@ -15,15 +16,15 @@ from rasterio.transform import from_origin
 from rich.console import Console
 
 from segpipe.models.augment import Augmentation, Framing, Normalisation, prepare
-from segpipe.models.field import probe_field
+from segpipe.models.field import Field, probe_field
 from segpipe.models.losses import resolve_loss
 from segpipe.models.networks import build_network
-from segpipe.models.weights import load_bundle
+from segpipe.models.weights import Reach, load_bundle
 from segpipe.pipeline import train as story
 from segpipe.pipeline.config import load_train
-from segpipe.pipeline.job import Batches, resolve_augmentation, resolve_normalisation
+from segpipe.pipeline.job import Batches, plan_job, resolve_augmentation, resolve_normalisation
 from segpipe.pipeline.measure import Eye, View, effective_halo, look, measure, plan_views
-from segpipe.pipeline.sources import plan_sources
+from segpipe.pipeline.sources import plan_sources, read_sources
 from segpipe.pipeline.train import train
 from segpipe.tasks.errors import RunError, UserError
 from segpipe.tasks.grid import Window
@@ -196,6 +197,48 @@ def test_a_network_of_the_users_own_is_trained_and_named_in_the_card(job):
     assert bundle.card.module == "my_networks:Tiny" and bundle.card.arguments["width"] == 4
 
 
+def test_a_training_that_was_stopped_ends_with_the_bytes_of_one_that_was_not(job):
+    folder, configured = job
+    (folder / "stopped_loss.py").write_text(
+        "from pathlib import Path\n\nimport torch.nn.functional as F\n\nstop = Path(__file__).with_name('stop')\n\n\n"
+        "def stopped(logits, target, valid):\n"
+        "    if logits.requires_grad and stop.exists() and stop.read_text() == 'x':\n"
+        "        raise KeyboardInterrupt\n"
+        "    if logits.requires_grad and stop.exists():\n"
+        "        stop.write_text(stop.read_text()[1:])\n"
+        "    return F.binary_cross_entropy_with_logits(logits, target)\n"
+    )
+    (folder / "two_layers.py").write_text(
+        "from torch import nn\n\n\ndef net():\n"
+        "    layers = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 1)\n"
+        "    module = nn.Sequential(*layers)\n    module.stride = 4\n    return module\n"
+    )
+    changes = {
+        "network": {"name": "two_layers:net"},
+        "fit": LEAST["fit"] | {"epochs": 3, "steps_per_epoch": 2, "loss": "stopped_loss:stopped"},
+    }
+    whole = train(configured("output=whole", **changes), quiet()).read_bytes()
+    (folder / "stop").write_text("xxxx")
+    with pytest.raises(KeyboardInterrupt):
+        train(configured("output=stopped", **changes), quiet())
+    assert not (folder / "stopped" / "model.safetensors").exists()
+    (folder / "stop").unlink()
+    assert train(configured("output=stopped", **changes), quiet()).read_bytes() == whole
+
+
+def test_what_goes_to_loaders_and_to_processes_of_devices_can_be_sent(job):
+    folder, configured = job
+    config = configured()
+    sources = plan_sources(config, folder / "areas")
+    read_sources(sources, 1, quiet())
+    network = build_network("unet-mobilenetv2")
+    decided = plan_job(config, network, sources, Field(Reach(0, 0, 0, 0), 0))
+    for value in (decided.crops, decided.views):
+        assert pickle.loads(pickle.dumps(value)) == value
+    ours, theirs = decided.crops[3], pickle.loads(pickle.dumps(decided.crops))[3]
+    assert torch.equal(ours["image_BCHW"], theirs["image_BCHW"]) and ours["seed"] == theirs["seed"]
+
+
 # What a batch is
 
 
@@ -264,7 +307,8 @@ class Local(torch.nn.Module):
         self.scale = torch.nn.Parameter(torch.ones(1))
 
     def forward(self, image_BCHW):
-        mean = torch.nn.functional.avg_pool2d(image_BCHW[:, :1], 2 * self.radius + 1, 1, self.radius)
+        side, pool = 2 * self.radius + 1, torch.nn.functional.avg_pool2d
+        mean = pool(pool(image_BCHW[:, :1], (side, 1), 1, (self.radius, 0)), (1, side), 1, (0, self.radius))
         return (mean - 0.5) * 40 * self.scale
 
 
