@@ -5,7 +5,8 @@
 Both take turns in one process, with the same network, loss, optimiser, precision and threads, so the ratio holds even
 where the speeds do not. A step of the training draws its crops from the chunks in other processes, augments them,
 measures them, averages weights and writes checkpoints; a bare one is forward, loss, backward and the optimiser's step.
-Prints Markdown: the median of the rounds, and of the ratios of each round.
+Prints Markdown: medians over the rounds, also of the ratios of each round. Processor seconds are of all threads and of
+the processes that read crops; on a machine that does other work besides, only their ratio tells something.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from functools import partial
 from pathlib import Path
 
 import click
+import psutil
 import torch
 from rich.console import Console
 from torch import nn
 
 from segpipe.models.augment import Batch, prepare
 from segpipe.models.field import probe_field
-from segpipe.models.fit import FitSettings, Fitted, fit
+from segpipe.models.fit import FitSettings, Fitted, Record, fit
 from segpipe.models.loop import make_optimiser
 from segpipe.models.losses import Loss
 from segpipe.models.metrics import Scores
@@ -39,7 +41,9 @@ HELD = 4
 """Batches that are held in memory for the bare steps."""
 
 
-def bare_seconds(network: Network, loss: Loss, batches: list[Batch], settings: FitSettings, steps: int) -> float:
+def bare_seconds(
+    network: Network, loss: Loss, batches: list[Batch], settings: FitSettings, steps: int
+) -> tuple[float, float]:
     """Seconds of one bare step, of so many."""
     network = copy.deepcopy(network).to(resolve_device()).to(memory_format=torch.channels_last).train()
     if settings.frozen_statistics or settings.freeze_encoder:
@@ -57,24 +61,32 @@ def bare_seconds(network: Network, loss: Loss, batches: list[Batch], settings: F
         optimiser.step()
 
     step(batches[0])
-    synchronise()
-    start = time.perf_counter()
+    start = spent()
     for number in range(steps):
         step(batches[number % len(batches)])
-    synchronise()
-    return (time.perf_counter() - start) / steps
+    return per_step(start, spent(), steps)
 
 
-def synchronise() -> None:
+def per_step(start: tuple[float, float], end: tuple[float, float], steps: int) -> tuple[float, float]:
+    return (end[0] - start[0]) / steps, (end[1] - start[1]) / steps
+
+
+def spent() -> tuple[float, float]:
+    """Seconds on the clock, and of processors in this process and its children; a GPU is waited for."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    this = psutil.Process()
+    cpu = sum(times.user + times.system for times in (one.cpu_times() for one in (this, *this.children())))
+    return time.perf_counter(), cpu
 
 
-def fit_seconds(run: Callable[[FitSettings, Path], Fitted], settings: FitSettings, steps: int) -> float:
+def fit_seconds(run: Callable[..., Fitted], settings: FitSettings, steps: int) -> tuple[float, float]:
     """Seconds of one step of a fit, of so many after as many to warm up."""
     settings = replace(settings, epochs=2, steps_per_epoch=steps, patience=None, warmup_steps=0)
+    ends: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory(prefix="segpipe-bench-") as name:
-        return run(settings, Path(name)).records[-1].train_seconds / steps
+        run(settings, Path(name), lambda record: ends.append(spent()))
+    return per_step(ends[0], ends[1], steps)
 
 
 @click.command()
@@ -93,21 +105,28 @@ def main(config: Path, overrides: tuple[str, ...], steps: int, rounds: int) -> N
         prepared = partial(prepare, framing=job.framing, normalisation=job.normalisation, augmentation=job.augmentation)
         held = [prepared(job.crops[number], device) for number in range(HELD)]
 
-        def run(settings: FitSettings, folder: Path) -> Fitted:
+        def run(settings: FitSettings, folder: Path, report: Callable[[Record], None]) -> Fitted:
             own = copy.deepcopy(network).to(device)
-            return fit(own, loss, job.crops, prepared, lambda network: Scores.empty(), settings, folder)
+            return fit(own, loss, job.crops, prepared, lambda network: Scores.empty(), settings, folder, report)
 
         bare, whole = [], []
         for _ in range(rounds):
             bare.append(bare_seconds(network, loss, held, settings, steps))
             whole.append(fit_seconds(run, settings, steps))
-        ratio = statistics.median(slow / quick for quick, slow in zip(bare, whole, strict=True))
-        print("| network | batch | crop px | precision | loaders | threads | bare step, s | of a fit, s | fit / bare |")
-        print("|---|---|---|---|---|---|---|---|---|")
+        columns = [
+            *zip(*bare, strict=True),
+            *zip(*whole, strict=True),
+            *([w[kind] / b[kind] for b, w in zip(bare, whole, strict=True)] for kind in (0, 1)),
+        ]
+        numbers = " | ".join(f"{statistics.median(column):.3f}" for column in columns)
+        print(
+            "| network | batch | crop px | precision | loaders | threads | bare step, s | processor s | of a fit, s |"
+            " processor s | fit / bare | of processor s |"
+        )
+        print("|" + "---|" * 12)
         print(
             f"| {job_config.network.name} | {job_config.fit.batch} | {job.framing.crop_yx[0]} | {settings.precision} |"
-            f" {settings.loaders} | {torch.get_num_threads()} | {statistics.median(bare):.3f} |"
-            f" {statistics.median(whole):.3f} | {ratio:.2f} |"
+            f" {settings.loaders} | {torch.get_num_threads()} | {numbers} |"
         )
 
 
