@@ -260,7 +260,8 @@ def effective_halo(eye: Eye, area: Area, exact_px: int | None, seed: int = 0) ->
         counts = np.zeros((most // stride + 1, STEPS * 4 + 1), np.int64)
         largest = np.zeros(most // stride + 1)
         for pick in picks:
-            _compare(eye, framed, Window(*places[pick], side, side), whole_HW, valid_HW, counts, largest)
+            row, col = places[pick]
+            _compare(eye, framed, Window(row, col, side, side), whole_HW, valid_HW, counts, largest)
     # What is true of a distance is true of all halos up to it.
     largest = np.maximum.accumulate(largest[::-1])[::-1]
     counts = np.cumsum(counts[::-1], axis=0)[::-1]
