@@ -129,7 +129,7 @@ def _reliability(report: TrainReport) -> str:
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.6, linestyle=":")
     for label, colour, bins in (("before", TRAIN, report.before), ("after", VALIDATION, report.after)):
         axes.plot([it.probability for it in bins], [it.share for it in bins], "o-", color=colour, label=label, ms=3)
-    axes.set_ylabel("share of buildings")
+    axes.set_ylabel("share of buildings", fontsize=8)
     return _svg(figure, axes)
 
 
