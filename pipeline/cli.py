@@ -186,6 +186,40 @@ def evaluate(run: Path, truth: Path, debug: bool) -> None:
 
 
 @main.command()
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--model", required=True, metavar="BUNDLE", help="A model bundle, or the name of one in the package.")
+@click.option("--output", required=True, type=FOLDER, help="The folder to write to.")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Least probability of the mask; without it the bundle's.",
+)
+@click.option("--module", metavar="PACKAGE.MODULE:NAME", help="A network of your own, that the bundle may run.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def predict(
+    images: tuple[Path, ...], model: str, output: Path, threshold: float | None, module: str | None, debug: bool
+) -> None:
+    """Predict single images of any kind and size.
+
+    Each IMAGE becomes NAME_mask.png (255 and 0), NAME_probability.png (0 to 250 for 0 to 1, 255 where the image has no
+    pixel) and NAME_panel.png (image | mask | image x mask). Tiles of a city are for `segpipe run`.
+    """
+    with _told(debug):
+        from .predict import plan_predictions, predict_images
+
+        placed = 0
+        for found in predict_images(plan_predictions(images, model, output, threshold, module)):
+            height, width = found.shape_yx
+            placed += found.georeferenced
+            click.echo(f"{found.image}: {width} x {height} px, {found.share:.1%} in the mask: {found.target.mask}")
+        if placed:
+            click.echo(
+                f"{placed} of {len(images)} are georeferenced: for one mask over all tiles of a city, and its buildings"
+                " as polygons, there is `segpipe run`"
+            )
+
+
+@main.command()
 @click.argument("folder", type=FOLDER)
 @click.option("--to", "target", type=YAML_FILE, default="city.yaml", show_default=True, help="The file to write.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key that goes into the file as it is.")
