@@ -5,7 +5,7 @@ Axes: B batch, C bands, K classes, H rows, W columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.ndimage import minimum_filter1d
 from torch import Tensor
+from torch.nn.functional import pad
 
 from segpipe.models.augment import Normalisation, normalise
 from segpipe.models.calibrate import LogitHistogram, logit_histogram
@@ -26,6 +27,7 @@ from segpipe.tasks.grid import Window
 from segpipe.tasks.predict import reach
 from segpipe.tasks.sample import SCORED, Area, cores, cut
 
+CPU = torch.device("cpu")
 CORE_PX = 1024
 """Areas are predicted in cores of this size, with the exact halo: as `run` would."""
 PICTURE_PX = 4_000_000
@@ -173,26 +175,36 @@ def measure(
     views: Sequence[View],
     batch: int,
     loss: Loss,
-    listener: Callable[[Seen, Scores], None] = lambda seen, scores: None,
+    listener: Callable[[Seen, Scores], None] | None = None,
 ) -> Scores:
-    """Scores of all views. listener: gets each with the scores of itself alone."""
-    total = Scores.empty()
+    """Scores of all views, `batch` of them being a batch, as in training. listener: gets each, and its own scores."""
+    total, waiting = Scores.empty(), list[Seen]()
     for seen in look(eye, views, batch):
-        scores = score_of(seen, loss)
-        total = total + scores.to(torch.device("cpu"))
-        for one in seen:
-            listener(one, scores if len(seen) == 1 else score_of([one], loss))
-    return total
+        waiting += seen
+        while len(waiting) >= batch:
+            total = total + score_of(waiting[:batch], loss).to(CPU)
+            del waiting[:batch]
+        if listener is not None:
+            for one in seen:
+                listener(one, score_of([one], loss).to(CPU))
+    return total + score_of(waiting, loss).to(CPU) if waiting else total
 
 
 def score_of(seen: Sequence[Seen], loss: Loss) -> Scores:
-    """Scores of views of one size as one batch."""
-    logits_BKHW = torch.stack([one.logits_HW for one in seen])[:, None]
-    device = logits_BKHW.device
-    target = torch.from_numpy(np.stack([one.label_HW for one in seen])).to(device)[:, None].float()
-    valid = torch.from_numpy(np.stack([one.valid_HW for one in seen])).to(device)
-    edge = torch.from_numpy(np.stack([one.edge_HW for one in seen])).to(device)
-    return score(torch.sigmoid(logits_BKHW), target, valid, loss(logits_BKHW, target, valid), edge)
+    """Scores of views as one batch; smaller ones are padded with what is not scored."""
+    height, width = (max(one.valid_HW.shape[axis] for one in seen) for axis in (0, 1))
+
+    def stacked(planes: Iterable[Tensor]) -> Tensor:
+        sides = [(plane, width - plane.shape[1], height - plane.shape[0]) for plane in planes]
+        return torch.stack([pad(plane, (0, right, 0, below)) for plane, right, below in sides])
+
+    device = seen[0].logits_HW.device
+    logits_BKHW = stacked(one.logits_HW for one in seen)[:, None]
+    target_BKHW = stacked(torch.from_numpy(one.label_HW) for one in seen).to(device)[:, None].float()
+    valid_BHW = stacked(torch.from_numpy(one.valid_HW) for one in seen).to(device)
+    edge_BHW = stacked(torch.from_numpy(one.edge_HW) for one in seen).to(device)
+    found = loss(logits_BKHW, target_BKHW, valid_BHW)
+    return score(torch.sigmoid(logits_BKHW), target_BKHW, valid_BHW, found, edge_BHW)
 
 
 def count_logits(eye: Eye, views: Sequence[View], batch: int) -> LogitHistogram:

@@ -137,7 +137,6 @@ class _Watch:
         self._threshold = 1 / (1 + math.exp(-odds))
 
     def __call__(self, seen: Seen, scores: Scores) -> None:
-        scores = scores.to(torch.device("cpu"))
         name = seen.view.area.name
         if name in self.by_area or len(self.by_area) <= MOST_NAMED:
             self.by_area[name] = self.by_area.get(name, Scores.empty()) + scores

@@ -343,6 +343,22 @@ def test_measuring_in_cores_gives_the_counts_of_one_pass_over_the_whole():
     assert float(share) == pytest.approx(edge / everywhere, abs=0.03)
 
 
+def test_soft_scores_and_the_loss_are_means_over_batches_of_windows_of_any_size():
+    areas = [draw(height, 96, seed) for seed, height in enumerate((70, 96, 80, 90, 96))]
+    areas = [Area.of_arrays(f"a{n}", it, label // 255, np.ones_like(label)) for n, (it, label) in enumerate(areas)]
+    eye, loss = Eye(Local(4), UNIT, 8, CPU, "float32"), resolve_loss("dice", {})
+    views = plan_views(areas, 128)
+    found = measure(eye, views, 2, loss).measures(0.5)
+    seen = [one for several in look(eye, views, 1) for one in several]
+    dice = []
+    for batch in (seen[:2], seen[2:4], seen[4:]):
+        prob = np.concatenate([torch.sigmoid(one.logits_HW).numpy().ravel() for one in batch])
+        true = np.concatenate([one.label_HW.ravel() for one in batch])
+        dice.append(2 * (prob * true).sum() / (prob.sum() + true.sum()))
+    assert found.soft_dice == pytest.approx(np.mean(dice), abs=1e-6)
+    assert found.loss == pytest.approx(-np.mean(dice), abs=1e-6)
+
+
 def test_central_crops_are_all_that_is_seen_and_scored():
     image, label = draw(300, 200, 5)
     area = Area.of_arrays("a", image, label // 255, np.ones_like(label))
