@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from segpipe.models.networks import NETWORKS, Network, OwnNetwork, build_network, network_name
+from segpipe.models.networks.decoder import DecoderStep
 from segpipe.models.networks.upsample import Bilinear, Transposed2, Transposed3, Transposed4
 
 PARAMETERS: dict[tuple[str, tuple[tuple[str, Any], ...]], int] = {
@@ -207,6 +208,17 @@ def test_the_unpadded_network_gives_4_px_from_188_and_1028_from_1212() -> None:
         assert network(torch.zeros(1, 3, side, side, device="meta")).shape == (1, 1, left, left)
 
 
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in ("unet-resnet101", "unet-resnet152")])
+def test_every_parameter_learns(name: str) -> None:
+    torch.manual_seed(0)
+    network = build_network(name).train()
+    sides = (188, 188) if network.border_px else (network.stride, 2 * network.stride)
+    network(torch.randn(2, 3, *sides)).square().sum().backward()
+    still = [key for key, p in network.named_parameters() if p.grad is None or not bool(p.grad.isfinite().all())]
+    assert not still
+    assert all(bool(p.grad.any()) for key, p in network.named_parameters() if key.endswith("weight") and p.ndim == 4)
+
+
 UPSAMPLING: dict[str, tuple[type[nn.ConvTranspose2d], dict[str, int]]] = {
     "2x2": (Transposed2, {}),
     "3x3": (Transposed3, {"padding": 1, "output_padding": 1}),
@@ -238,6 +250,26 @@ def test_upsampling_gives_the_same_bits_at_any_width(kind: str, dtype: torch.dty
         for width in range(16, 64, 3):
             narrow = layer(wide[..., 5 : 5 + width].contiguous(memory_format=torch.channels_last))
             assert torch.equal(narrow[..., 2:-2], expected[..., 12 : 8 + 2 * width]), width
+
+
+def test_a_wide_concatenation_is_convolved_apart_to_the_same_bits_at_any_width() -> None:
+    torch.manual_seed(0)
+    step = DecoderStep(64, 128, 256, 128, padding=1).eval().to(memory_format=torch.channels_last)
+    x_BCHW, skip_BCHW = torch.randn(1, 64, 4, 160), torch.randn(1, 256, 8, 320)
+
+    def stepped(cols: slice) -> Tensor:
+        parts = x_BCHW[..., cols], skip_BCHW[..., 2 * cols.start : 2 * cols.stop]
+        with torch.inference_mode():
+            y_BCHW: Tensor = step(*(part.contiguous(memory_format=torch.channels_last) for part in parts))
+        return y_BCHW
+
+    whole = stepped(slice(0, 160))
+    for width in (64, 100, 128):
+        assert torch.equal(stepped(slice(8, 8 + width))[..., 4:-4], whole[..., 20 : 12 + 2 * width]), width
+    step = step.double()
+    with torch.inference_mode():
+        exact = step(x_BCHW.double(), skip_BCHW.double())
+    torch.testing.assert_close(whole, exact.float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import City, map_it, outputs
 
 from segpipe.models.field import probe_field
+from segpipe.models.losses import resolve_loss
 from segpipe.models.networks import build_network
-from segpipe.models.weights import Card, save_bundle
+from segpipe.models.weights import Card, load_bundle, packaged_bundles, save_bundle
 from segpipe.pipeline import run
 from segpipe.pipeline.cluster import InProcess
 from segpipe.pipeline.config import load_city
-from segpipe.pipeline.plan import Plan, describe, make_plan
+from segpipe.pipeline.describe import describe
+from segpipe.pipeline.plan import Plan, make_plan
 from segpipe.tasks.errors import UserError
 
 MakeCity = Callable[..., City]
@@ -109,3 +113,23 @@ def test_a_field_without_a_bound_gets_its_effective_halo_and_the_plan_says_so(
     save_own(tmp_path / "gated.safetensors", "own_networks:Gated")
     with pytest.raises(UserError, match="no effective halo was measured in training; expected pixels"):
         make_plan(load_city(city.config, []))
+
+
+def test_the_page_of_docs_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "networks.md").read_text(encoding="utf-8")
+    notebook, own = (part.partition("```")[0] for part in page.split("```python\n")[1:])
+    (tmp_path / "own.py").write_text(own)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    save_own(tmp_path / "own.safetensors", "own:Net", width=4)
+    bundle = load_bundle(tmp_path / "own.safetensors", allowed_module="own:Net")
+    assert (bundle.card.stride, bundle.card.halo_px, bundle.card.arguments["width"]) == (4, 0, 4)
+    logits_BKHW = torch.randn(2, 1, 8, 8, requires_grad=True)
+    target_BKHW, valid_BHW = (torch.rand(2, 1, 8, 8) < 0.5).float(), torch.rand(2, 8, 8) < 0.5
+    loss = resolve_loss("own:focal", {"gamma": 1.0})(logits_BKHW, target_BKHW, valid_BHW)
+    (gradient_BKHW,) = torch.autograd.grad(loss, logits_BKHW)
+    assert torch.equal(gradient_BKHW[:, 0] != 0, valid_BHW)
+    path = str(packaged_bundles()[0])
+    names: dict[str, Any] = {"image_HWC": np.full((40, 50, 3), 128, np.uint8)}
+    exec(notebook.replace("runs/buildings/model.safetensors", path), names)
+    assert (names["prob_HW"].shape, names["mask_HW"].dtype) == ((40, 50), np.bool_)

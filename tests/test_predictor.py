@@ -128,9 +128,9 @@ def lively_valid() -> Bundle:
 def test_cores_of_the_unpadded_network_equal_one_pass_over_the_whole_with_fill_around() -> None:
     bundle = lively_valid()
     predictor = Predictor(bundle, torch.device("cpu"), "float32", threads=1)
-    height, width = 200, 330
+    height, width = 140, 150
     image_CHW, valid_HW = scene(height, width), np.ones((height, width), np.bool_)
-    valid_HW[60:90, 100:180] = False
+    valid_HW[60:90, 100:140] = False
     # The whole, starting on the lattice: 96 px of fill before it, 92 at least behind it, 12 modulo 16 in all.
     after = [92 + (12 - 96 - side - 92) % 16 for side in (height, width)]
     wide_CHW = np.pad(image_CHW, [(0, 0), (96, after[0]), (96, after[1])])
@@ -140,7 +140,7 @@ def test_cores_of_the_unpadded_network_equal_one_pass_over_the_whole_with_fill_a
         expected_HW = torch.round(torch.sigmoid(logits_HW) * 250).to(torch.uint8).numpy()
     expected_HW = np.where(valid_HW, expected_HW, INVALID_U8)
     assert np.ptp(expected_HW[valid_HW]) > 20
-    for core in (Window(0, 128, 128, 128), Window(128, 256, 128, 128)):
+    for core in (Window(0, 64, 64, 64), Window(128, 128, 64, 64)):
         outer = reach(core, 96, 16)
         everything = Window(0, 0, height, width)
         inner = outer.intersect(everything)
@@ -152,23 +152,13 @@ def test_cores_of_the_unpadded_network_equal_one_pass_over_the_whole_with_fill_a
         assert np.array_equal(prob_HW[there.within(core)], expected_HW[there.within(everything)])
 
 
-def test_the_unpadded_network_gives_no_answer_within_its_border() -> None:
+def test_the_unpadded_network_gives_no_answer_within_its_border(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unet, "WIDTHS", (8, 8, 8, 8, 8))
     predictor = Predictor(lively_valid(), torch.device("cpu"), "float32", threads=1)
     prob_HW = predictor.predict(scene(448, 464), np.ones((448, 464), np.bool_))
     assert (prob_HW[96:-96, 96:-96] <= 250).all()
     assert (prob_HW[:92] == INVALID_U8).all()
     assert (prob_HW[:, -92:] == INVALID_U8).all()
-
-
-def test_temperature_divides_the_logits(lively: Path) -> None:
-    bundle = load_bundle(lively)
-    image_HWC = np.moveaxis(scene(48, 80), 0, 2)
-    warm = Bundle(bundle.network, bundle.card.model_copy(update={"temperature": 2.5}))
-    cold_HW, warm_HW = bundle.predict(image_HWC).astype(float), warm.predict(image_HWC).astype(float)
-    inner = (cold_HW > 1e-4) & (cold_HW < 1 - 1e-4)
-    assert inner.mean() > 0.5
-    logits = np.log(cold_HW[inner] / (1 - cold_HW[inner]))
-    np.testing.assert_allclose(warm_HW[inner], 1 / (1 + np.exp(-logits / 2.5)), atol=1e-4)
 
 
 class Corner(Network):
@@ -179,6 +169,17 @@ class Corner(Network):
     def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
         x = torch.nn.functional.pad(image_BCHW[:, :1], (0, 1, 0, 1))
         return x[..., :-1, :-1] + 2 * x[..., 1:, :-1] - 3 * x[..., :-1, 1:]
+
+
+def test_temperature_divides_the_logits(lively: Path) -> None:
+    bundle = Bundle(Corner(), load_bundle(lively).card.model_copy(update={"stride": 1, "halo_px": 1}))
+    image_HWC = np.moveaxis(scene(48, 80), 0, 2)
+    warm = Bundle(bundle.network, bundle.card.model_copy(update={"temperature": 2.5}))
+    cold_HW, warm_HW = bundle.predict(image_HWC).astype(float), warm.predict(image_HWC).astype(float)
+    inner = (cold_HW > 1e-4) & (cold_HW < 1 - 1e-4)
+    assert inner.mean() > 0.5
+    logits = np.log(cold_HW[inner] / (1 - cold_HW[inner]))
+    np.testing.assert_allclose(warm_HW[inner], 1 / (1 + np.exp(-logits / 2.5)), atol=1e-4)
 
 
 def test_d4_is_the_mean_of_all_eight_ways_to_look_at_the_window(lively: Path) -> None:
@@ -216,18 +217,19 @@ def test_with_d4_too_a_core_does_not_depend_on_its_window_nor_is_anything_lost_a
 
 def test_a_bundle_predicts_an_image_of_any_size_as_a_run_would(lively: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = load_bundle(lively)
-    image_CHW, valid_HW = scene(70, 101), np.ones((70, 101), np.bool_)
+    image_CHW, valid_HW = scene(40, 101), np.ones((40, 101), np.bool_)
     valid_HW[:20, :30] = False
     found_HW = bundle.predict(np.moveaxis(image_CHW, 0, 2), valid_HW)
-    assert (found_HW.dtype, found_HW.shape) == (np.float32, (70, 101))
+    assert (found_HW.dtype, found_HW.shape) == (np.float32, (40, 101))
     assert np.array_equal(np.isnan(found_HW), ~valid_HW)
-    core = Window(0, 0, 128, 128)
-    around = [(HALO_PX, core.height - side + HALO_PX) for side in valid_HW.shape]
+    core = Window(0, 0, 64, 128)
+    sides = zip(core.shape_yx, valid_HW.shape, strict=True)
+    around = [(HALO_PX, whole - side + HALO_PX) for whole, side in sides]
     window_CHW, window_HW = np.pad(image_CHW, [(0, 0), *around]), np.pad(valid_HW, around)
     predictor = predictor_of(lively, "float32")
     expected_HW, _ = predict_core(window_CHW, window_HW, core, HALO_PX, 32, predictor.predict)
     stored_HW = np.where(valid_HW, np.round(np.nan_to_num(found_HW) * 250), INVALID_U8)
-    assert np.array_equal(stored_HW, expected_HW[:70, :101])
+    assert np.array_equal(stored_HW, expected_HW[:40, :101])
     monkeypatch.setattr(predictor_module, "CORE_PX", 64)
     assert np.array_equal(bundle.predict(np.moveaxis(image_CHW, 0, 2), valid_HW), found_HW, equal_nan=True)
 
@@ -263,12 +265,12 @@ def test_images_of_another_kind_are_refused(lively: Path, image_HWC: NDArray[np.
 
 
 def test_a_network_without_a_bound_is_predicted_with_its_effective_halo_and_refused_without(lively: Path) -> None:
-    bundle = load_bundle(lively)
+    bundle = Bundle(Corner(), load_bundle(lively).card.model_copy(update={"stride": 1, "halo_px": 1}))
     unbounded = bundle.card.model_copy(update={"halo_px": None, "receptive_field_px": None})
     image_HWC = np.moveaxis(scene(40, 40), 0, 2)
     with pytest.raises(ValueError, match="no effective halo"):
         Bundle(bundle.network, unbounded).predict(image_HWC)
-    measured = unbounded.model_copy(update={"effective_halo_px": 320})
+    measured = unbounded.model_copy(update={"effective_halo_px": 2})
     assert np.array_equal(Bundle(bundle.network, measured).predict(image_HWC), bundle.predict(image_HWC))
 
 

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from segpipe.models import weights
-from segpipe.models.networks import Network, build_network
+from segpipe.models.networks import NETWORKS, Network, build_network
 from segpipe.models.weights import (
     BundleError,
     Card,
@@ -274,7 +274,14 @@ def test_a_ternausnet_checkpoint_imports_and_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("upsampling", ["bilinear", "transposed"])
-def test_both_kinds_of_unet16_import_by_what_they_hold(upsampling: str, tmp_path: Path) -> None:
+def test_both_kinds_of_unet16_are_told_apart_by_what_they_hold(upsampling: str) -> None:
+    with torch.device("meta"):
+        state = build_network("unet16", upsampling=upsampling).state_dict()
+    assert NETWORKS["unet16"].arguments_of(state) == {"upsampling": upsampling}
+
+
+def test_a_published_unet16_imports_as_the_kind_that_it_is(tmp_path: Path) -> None:
+    upsampling = "transposed"
     torch.manual_seed(3)
     state = build_network("unet16", upsampling=upsampling).state_dict()
     torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "t.pt")

@@ -9,25 +9,52 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
-from .upsample import Transposed2
+from .upsample import Transposed2, by_hand
+
+WIDE, FEW = 384, 128
+"""Channels into and out of a convolution that is computed in parts: from so many on, and up to so many."""
 
 
 class DecoderStep(nn.Module):
-    """Transposed 2x2 convolution, concatenation (up, skip), two 3x3 convolutions with ReLU; no BatchNorm."""
+    """Transposed 2x2 convolution, concatenation (up, skip), two 3x3 convolutions with ReLU; no BatchNorm.
+
+    In eval mode on a CPU a wide concatenation before few channels is not made: what comes up and the skip are convolved
+    apart and added. For such a convolution (384 channels to 128) oneDNN adds up in another order on maps up to 256
+    columns wide than on wider ones, and then the last bit of a pixel depends on the size of the window around it.
+    """
 
     def __init__(self, in_channels: int, up_channels: int, skip_channels: int, out_channels: int, padding: int) -> None:
         super().__init__()
         self.up = Transposed2(in_channels, up_channels)
         self.conv = double_convolution(up_channels + skip_channels, out_channels, padding)
+        self.wide = skip_channels > 0 and up_channels + skip_channels >= WIDE and out_channels <= FEW
 
     def forward(self, x_BCHW: Tensor, skip_BCHW: Tensor | None) -> Tensor:
         """H and W doubled, less twice the border that convolutions without padding lose; of a skip, the middle."""
         x_BCHW = self.up(x_BCHW)
-        if skip_BCHW is not None:
-            x_BCHW = torch.cat([x_BCHW, _cropped(skip_BCHW, x_BCHW)], 1)
-        y_BCHW: Tensor = self.conv(x_BCHW)
+        if skip_BCHW is None:
+            y_BCHW: Tensor = self.conv(x_BCHW)
+            return y_BCHW
+        skip_BCHW = _cropped(skip_BCHW, x_BCHW)
+        first, *rest = self.conv
+        if self.wide and isinstance(first, nn.Conv2d) and by_hand(self, x_BCHW):
+            y_BCHW = _convolved_apart(first, x_BCHW, skip_BCHW)
+        else:
+            y_BCHW = first(torch.cat([x_BCHW, skip_BCHW], 1))
+        for layer in rest:
+            y_BCHW = layer(y_BCHW)
         return y_BCHW
+
+
+def _convolved_apart(conv: nn.Conv2d, x_BCHW: Tensor, skip_BCHW: Tensor) -> Tensor:
+    """The convolution of both, concatenated."""
+    channels = x_BCHW.shape[1]
+    parts = (conv.weight[:, :channels], conv.weight[:, channels:])
+    own, other = (part.contiguous(memory_format=torch.channels_last) for part in parts)
+    y_BCHW = nnf.conv2d(x_BCHW, own, conv.bias, padding=conv.padding)
+    return y_BCHW.add_(nnf.conv2d(skip_BCHW, other, padding=conv.padding))
 
 
 def decoder(

@@ -58,7 +58,8 @@ def build_own(name: str, arguments: dict[str, Any]) -> OwnNetwork:
     try:
         module = build(**given)
     except Exception as error:
-        raise ValueError(f"network {name!r} cannot be built from {given}: {type(error).__name__}: {error}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"network {name!r} cannot be built from {given}: {reason}") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"network {name!r} gave {type(module).__name__}; expected a torch.nn.Module")
     return OwnNetwork(name, module)

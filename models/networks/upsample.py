@@ -23,7 +23,7 @@ class Transposed2(nn.ConvTranspose2d):
 
     def forward(self, x_BCHW: Tensor, output_size: list[int] | None = None) -> Tensor:
         """H and W doubled."""
-        if not _by_hand(self, x_BCHW):
+        if not by_hand(self, x_BCHW):
             return super().forward(x_BCHW, output_size)
         kernel = self.weight.permute(1, 2, 3, 0).reshape(-1, self.in_channels, 1, 1)
         return _shuffled(x_BCHW, kernel, self.bias)
@@ -43,7 +43,7 @@ class Transposed3(nn.ConvTranspose2d):
 
     def forward(self, x_BCHW: Tensor, output_size: list[int] | None = None) -> Tensor:
         """H and W doubled."""
-        if not _by_hand(self, x_BCHW):
+        if not by_hand(self, x_BCHW):
             return super().forward(x_BCHW, output_size)
         batch, _, height, width = x_BCHW.shape
         shape = batch, self.out_channels, 2 * height, 2 * width
@@ -72,7 +72,7 @@ class Transposed4(nn.ConvTranspose2d):
 
     def forward(self, x_BCHW: Tensor, output_size: list[int] | None = None) -> Tensor:
         """H and W doubled."""
-        if not _by_hand(self, x_BCHW):
+        if not by_hand(self, x_BCHW):
             return super().forward(x_BCHW, output_size)
         weight = self.weight.transpose(0, 1)
         kernel = weight.new_zeros(self.out_channels, 2, 2, self.in_channels, 3, 3)
@@ -96,8 +96,8 @@ class Bilinear(nn.Module):
         return nnf.interpolate(x_BCHW, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
-def _by_hand(layer: nn.Module, x_BCHW: Tensor) -> bool:
-    """Whether the library's transposed convolution is to be avoided. oneDNN computes none in float64."""
+def by_hand(layer: nn.Module, x_BCHW: Tensor) -> bool:
+    """Whether the library's own way is to be avoided: in eval mode on a CPU, unless in float64, which oneDNN lacks."""
     return not (layer.training or x_BCHW.is_cuda or x_BCHW.dtype == torch.float64)
 
 
