@@ -27,6 +27,7 @@ from .areas import common_resolution, open_area
 from .config import StatisticsConfig, TrainConfig
 from .measure import View, plan_views
 from .pairs import open_pairs
+from .plan import LARGEST_AUTO_HALO_PX
 from .sources import Sources
 from .split import Split, split_areas
 
@@ -96,7 +97,7 @@ def plan_job(config: TrainConfig, network: Network, sources: Sources, field: Fie
         Batches(sampler, job.batch, job.seed, order, per_epoch),
         validate_px,
         tuple(plan_views(split.validate, validate_px)),
-        UNBOUNDED_HALO_PX if field.halo_px is None else field.halo_px,
+        UNBOUNDED_HALO_PX if field.halo_px is None else min(field.halo_px, LARGEST_AUTO_HALO_PX),
         draft_card(config, network, sources, normalisation, field),
     )
 

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 CORE_PX = 1024
 """Areas are predicted in cores of this size, with the exact halo: as `run` would."""
 PICTURE_PX = 4_000_000
-"""Pictures of more pixels are predicted in cores too."""
+"""Pictures of more pixels are predicted in cores too, and no more are predicted at once."""
 HALO_CORES, HALO_CORE_PX = 24, 256
 """Windows that the effective halo is measured on: their number, and the side of their cores."""
 HALO_POSITIONS = 200
@@ -124,7 +124,7 @@ def look(eye: Eye, views: Sequence[View], batch: int) -> Iterator[list[Seen]]:
     with _evaluating(eye.network), torch.no_grad():
         for whole, run in groupby(views, lambda view: (view.whole, view.core.shape_yx)):
             together = list(run)
-            size = batch if whole[0] else 1
+            size = max(1, min(batch, PICTURE_PX // (whole[1][0] * whole[1][1]))) if whole[0] else 1
             for start in range(0, len(together), size):
                 seen = _look_at(eye, together[start : start + size])
                 if seen:

@@ -79,13 +79,12 @@ def _train_and_write(
     output: Path,
     console: Console,
 ) -> Path:
-    began = time.monotonic()
     job = plan_job(config, network, sources, field)
     keep_split(job.split, output)
     for line in _described(job):
         console.print(line, highlight=False, soft_wrap=True)
     fitted = _fit(config, job, network, loss, output, console)
-    return finish(config, job, fitted, loss, output, console, time.monotonic() - began)
+    return finish(config, job, fitted, loss, output, console)
 
 
 def new_network(config: TrainConfig) -> Network:

@@ -14,21 +14,26 @@ import torch
 from rich.console import Console
 
 from segpipe.models.calibrate import LogitHistogram, calibration_error, fit_temperature, logit_histogram, reliability
+from segpipe.models.field import peak_bytes_per_px
 from segpipe.models.fit import Fitted, Record
 from segpipe.models.losses import Loss
 from segpipe.models.metrics import Scores
 from segpipe.models.predictor import resolve_device
 from segpipe.models.weights import Card, save_bundle
+from segpipe.tasks.sample import Area
 
 from .config import TrainConfig
 from .job import TrainJob
-from .measure import HALO_AREA_PX, Eye, Seen, View, count_logits, effective_halo, look, measure
+from .measure import CORE_PX, HALO_AREA_PX, UNBOUNDED_PX, Eye, Seen, View, count_logits, effective_halo, look, measure
+from .plan import allowance
 from .store import write_bytes
 from .train_report import Example, TrainReport, triptych, write_train_report
 
 BUNDLE, REPORT, SAMPLES = "model.safetensors", "report.html", "samples"
 MOST_NAMED = 50
 """Areas whose scores are named in the bundle one by one."""
+MEMORY_SHARE = 0.6
+"""Of the memory there is, for the effective halo."""
 EXAMPLES = 3
 """Best and worst crops in the report, each."""
 
@@ -50,9 +55,7 @@ class Ending:
         return calibration_error(self.logits), calibration_error(self.logits, self.eye.temperature)
 
 
-def finish(
-    config: TrainConfig, job: TrainJob, fitted: Fitted, loss: Loss, output: Path, console: Console, seconds: float
-) -> Path:
+def finish(config: TrainConfig, job: TrainJob, fitted: Fitted, loss: Loss, output: Path, console: Console) -> Path:
     """Calibrate, choose the threshold, measure the test part and the effective halo; write bundle, table and page."""
     device = resolve_device()
     eye = Eye(fitted.network.to(device).eval(), job.normalisation, job.halo_px, device, job.precision)
@@ -100,10 +103,11 @@ def finish(
         notes=(*ending.scores.measures(ending.threshold).notes, told),
         parts=job.split.names,
         config_yaml=config.resolved_yaml(),
-        seconds=seconds,
+        seconds=sum(record.train_seconds + record.validation_seconds for record in fitted.records),
     )
     # The last thing that is written: what has it is done.
     write_train_report(output / REPORT, report)
+    console.print(f"wrote {output / BUNDLE}; report: {output / REPORT}", highlight=False, soft_wrap=True)
     return output / BUNDLE
 
 
@@ -166,20 +170,40 @@ def _scores(scores: Scores, threshold: float, by_area: dict[str, Scores]) -> dic
 
 def _effective_halo(config: TrainConfig, job: TrainJob, eye: Eye) -> tuple[int | None, str]:
     """The effective halo, and in words how it was found."""
-    exact = job.card.halo_px
-    if config.effective_halo == "measure":
-        large = [it for it in (*job.split.train, *job.split.validate) if min(it.window.shape_yx) >= HALO_AREA_PX]
-        largest = max(large, key=lambda area: area.valid_pixels, default=None)
-        found = None if largest is None else effective_halo(eye, largest, exact, config.fit.seed)
-        if found is not None and largest is not None:
-            return found.halo_px, (
-                f"effective halo of {found.halo_px} px: beyond it probabilities changed by {found.largest:.4f} at most"
-                f" and {found.percentile:.4f} in the 99.99th percentile, at {found.positions} places of {largest.name}"
-            )
-        why = "no area is large enough to measure the effective halo"
-    else:
+    exact, large = job.card.halo_px, _largest((*job.split.train, *job.split.validate))
+    short = _memory_short(eye, exact, len(config.bands))
+    found = None
+    if config.effective_halo == "exact":
         why = "the effective halo was not measured"
-    return exact, f"{why}: {'none is' if exact is None else f'the exact one, {exact} px, is'} stored"
+    elif large is None:
+        why = "no area is large enough to measure the effective halo"
+    elif short:
+        why = f"the effective halo was not measured, {short}"
+    else:
+        found = effective_halo(eye, large, exact, config.fit.seed)
+        why = "no effective halo was found"
+    if found is None or large is None:
+        return exact, f"{why}: {'none is' if exact is None else f'the exact one, {exact} px, is'} stored"
+    return found.halo_px, (
+        f"effective halo of {found.halo_px} px: beyond it probabilities changed by {found.largest:.4f} at most and"
+        f" {found.percentile:.4f} in the 99.99th percentile, at {found.positions} places of {large.name}"
+    )
+
+
+def _largest(areas: Sequence[Area]) -> Area | None:
+    """The area with the most labelled pixels of those that are large enough on both sides."""
+    large = [area for area in areas if min(area.window.shape_yx) >= HALO_AREA_PX]
+    return max(large, key=lambda area: area.valid_pixels, default=None)
+
+
+def _memory_short(eye: Eye, exact_px: int | None, bands: int) -> str:
+    """Why there is not enough memory to predict a core with the exact halo in float32; an empty text if there is."""
+    side = CORE_PX + 2 * (UNBOUNDED_PX if exact_px is None else exact_px)
+    needed = peak_bytes_per_px(eye.network, torch.float32, bands) * side**2
+    free = torch.cuda.mem_get_info(eye.device)[0] if eye.device.type == "cuda" else allowance()[1]
+    if needed <= MEMORY_SHARE * free:
+        return ""
+    return f"which takes {needed / 2**30:.0f} GiB of memory of {free / 2**30:.0f}"
 
 
 def _examples(ending: Ending) -> tuple[Example, ...]:

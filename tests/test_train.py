@@ -439,7 +439,7 @@ def test_every_recipe_runs_two_steps(recipe, data, tmp_path, fields, monkeypatch
         "network.initialisation=lecun", f"output={tmp_path / 'run'}",
     ]  # fmt: skip
     if "inria" in settings:
-        changes += [f"inria={data / 'inria'}", "fit.validate_px=64"]
+        changes += [f"inria={data / 'inria'}"]
     else:
         pairs = data / "pairs"
         changes += [f"pairs.images={pairs / 'images' / '*.png'}", f"pairs.masks={pairs / 'masks'}/{{stem}}.png"]
