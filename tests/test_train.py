@@ -436,7 +436,7 @@ def test_every_recipe_runs_two_steps(recipe, data, tmp_path, fields, monkeypatch
     settings = yaml.safe_load(recipe.read_text())
     changes = [
         "fit.epochs=1", "fit.steps_per_epoch=2", "fit.batch=1", "fit.crop_px=64", "fit.loaders=0",
-        "network.initialisation=lecun", f"output={tmp_path / 'run'}",
+        "fit.validate_px=64", "network.initialisation=lecun", f"output={tmp_path / 'run'}",
     ]  # fmt: skip
     if "inria" in settings:
         changes += [f"inria={data / 'inria'}"]
