@@ -220,6 +220,19 @@ def predict(
 
 
 @main.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=FOLDER)
+@click.option("--output", type=FOLDER, default="compare", show_default=True, help="The folder to write to.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def compare(runs: tuple[Path, ...], output: Path, debug: bool) -> None:
+    """Compare trainings, the folders that `train` has written: tables, learning curves, and masks of the same crops."""
+    with _told(debug):
+        from .compare import compare_runs
+
+        for line in compare_runs(runs, output):
+            click.echo(line)
+
+
+@main.command()
 @click.argument("folder", type=FOLDER)
 @click.option("--to", "target", type=YAML_FILE, default="city.yaml", show_default=True, help="The file to write.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key that goes into the file as it is.")
