@@ -13,23 +13,24 @@ from torch.nn import functional as nnf
 
 from .upsample import Transposed2, by_hand
 
-WIDE, FEW = 384, 128
-"""Channels into and out of a convolution that is computed in parts: from so many on, and up to so many."""
+WIDE = 3
+"""A concatenation of so many times the channels that its convolution gives is convolved in parts."""
 
 
 class DecoderStep(nn.Module):
     """Transposed 2x2 convolution, concatenation (up, skip), two 3x3 convolutions with ReLU; no BatchNorm.
 
-    In eval mode on a CPU a wide concatenation before few channels is not made: what comes up and the skip are convolved
-    apart and added. For such a convolution (384 channels to 128) oneDNN adds up in another order on maps up to 256
-    columns wide than on wider ones, and then the last bit of a pixel depends on the size of the window around it.
+    In eval mode on a CPU a wide concatenation is not made: what comes up and the skip are convolved apart and added. At
+    such convolutions oneDNN adds up in another order on some widths (384 channels to 128 in float32 on maps up to 256
+    columns wide, 768 to 256 in bfloat16 up to 160), and then the last bit of a pixel depends on the size of the window
+    around it.
     """
 
     def __init__(self, in_channels: int, up_channels: int, skip_channels: int, out_channels: int, padding: int) -> None:
         super().__init__()
         self.up = Transposed2(in_channels, up_channels)
         self.conv = double_convolution(up_channels + skip_channels, out_channels, padding)
-        self.wide = skip_channels > 0 and up_channels + skip_channels >= WIDE and out_channels <= FEW
+        self.wide = skip_channels > 0 and up_channels + skip_channels >= WIDE * out_channels
 
     def forward(self, x_BCHW: Tensor, skip_BCHW: Tensor | None) -> Tensor:
         """H and W doubled, less twice the border that convolutions without padding lose; of a skip, the middle."""
