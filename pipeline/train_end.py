@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import math
 from collections.abc import Sequence
@@ -199,7 +200,8 @@ def _largest(areas: Sequence[Area]) -> Area | None:
 def _memory_short(eye: Eye, exact_px: int | None, bands: int) -> str:
     """Why there is not enough memory to predict a core with the exact halo in float32; an empty text if there is."""
     side = CORE_PX + 2 * (UNBOUNDED_PX if exact_px is None else exact_px)
-    needed = peak_bytes_per_px(eye.network, torch.float32, bands) * side**2
+    # Of a copy: layers that a network has under two names would stay without their weights.
+    needed = peak_bytes_per_px(copy.deepcopy(eye.network), torch.float32, bands) * side**2
     free = torch.cuda.mem_get_info(eye.device)[0] if eye.device.type == "cuda" else allowance()[1]
     if needed <= MEMORY_SHARE * free:
         return ""
