@@ -39,6 +39,8 @@ PANELS = (
 CROPS, CROP_PX = 4, 320
 """How many crops are shown, and their side; of pictures all is shown, reduced to it."""
 TITLE_PX, GAP_PX, FONT_PX = 20, 4, 13
+LEAST_WIDE_PX = 160
+"""Of a column, for its title."""
 TELLING = (0.05, 0.95)
 """A crop is shown whose share of buildings lies between these, if there is one."""
 GREEN = (0, 255, 0)
@@ -205,11 +207,12 @@ def _sheet(columns: Sequence[tuple[str, Cells]]) -> Image.Image:
     font = ImageFont.load_default(FONT_PX)
     pictures = [[_reduced(picture) for pair in cells for picture in pair] for _, cells in columns]
     tops = list(accumulate((picture.height + GAP_PX for picture in pictures[0]), initial=TITLE_PX))
-    sheet = Image.new("RGB", (len(columns) * (CROP_PX + GAP_PX) - GAP_PX, tops[-1] - GAP_PX), "white")
+    wide = max(LEAST_WIDE_PX, *(picture.width for picture in pictures[0]))
+    sheet = Image.new("RGB", (len(columns) * (wide + GAP_PX) - GAP_PX, tops[-1] - GAP_PX), "white")
     draw = ImageDraw.Draw(sheet)
     for column, (title, _) in enumerate(columns):
-        left = column * (CROP_PX + GAP_PX)
-        shown = max(n for n in range(len(title) + 1) if font.getlength(title[:n]) <= CROP_PX)
+        left = column * (wide + GAP_PX)
+        shown = max(n for n in range(len(title) + 1) if font.getlength(title[:n]) <= wide)
         draw.text((left, 2), title[:shown], fill="black", font=font)
         for top, picture in zip(tops, pictures[column], strict=False):
             sheet.paste(picture, (left, top))

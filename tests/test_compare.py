@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from segpipe.models.weights import load_bundle, save_bundle
 from segpipe.pipeline.cli import main
 from segpipe.pipeline.compare import compare_runs, differences, group, read_trainings
-from segpipe.pipeline.compare_figures import CROP_PX, GAP_PX, TITLE_PX, find_crops, green, predict_view
+from segpipe.pipeline.compare_figures import GAP_PX, LEAST_WIDE_PX, TITLE_PX, find_crops, green, predict_view
 from segpipe.pipeline.config import load_train
 from segpipe.pipeline.train import train
 from segpipe.tasks.errors import UserError
@@ -220,9 +220,9 @@ def test_every_score_is_told_with_its_protocol_and_what_cannot_be_compared_too(t
 
 def cells(sheet: NDArray[np.uint8], shapes: list[tuple[int, ...]], columns: int) -> list[list[NDArray[np.uint8]]]:
     """The pictures on the sheet of crops, row by row: two rows a crop of each shape."""
-    found, top = [], TITLE_PX
+    found, top, wide = [], TITLE_PX, max(LEAST_WIDE_PX, *(shape[1] for shape in shapes))
     for height, width in (shape for shape in shapes for _ in range(2)):
-        lefts = [column * (CROP_PX + GAP_PX) for column in range(columns)]
+        lefts = [column * (wide + GAP_PX) for column in range(columns)]
         found.append([sheet[top : top + height, left : left + width] for left in lefts])
         top += height + GAP_PX
     assert top - GAP_PX == len(sheet)
