@@ -32,6 +32,8 @@ from .sources import Sources
 from .split import Split, split_areas
 
 MOST_LOADERS = 8
+LARGE = 1_000_000
+"""More batches than an epoch has."""
 ANY_RESOLUTION_M = (0.001, 1.0, 1000.0)
 """Of what has no scale: the least, the one stated, and the most metres of a pixel."""
 UNBOUNDED_HALO_PX = 256
@@ -174,6 +176,12 @@ def resolve_augmentation(config: TrainConfig) -> Augmentation | None:
         return Augmentation(**values)
     except ValueError as error:
         raise UserError(f"augment: {error}") from None
+
+
+def check_settings(config: TrainConfig) -> None:
+    """What can be refused before anything is read, is: as if the data were large."""
+    resolve_augmentation(config)
+    resolve_settings(config, LARGE)
 
 
 def resolve_settings(config: TrainConfig, batches: int) -> FitSettings:

@@ -26,7 +26,7 @@ from segpipe.tasks.sample import SCORED, cut
 
 from .areas import is_read
 from .config import TrainConfig
-from .job import TrainJob, plan_job, resolve_normalisation
+from .job import TrainJob, check_settings, plan_job, resolve_normalisation
 from .measure import Eye, View, look, measure
 from .pairs import parts_to_read
 from .plan import check_output
@@ -50,6 +50,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     console = console or terminal()
     output = check_output(config.path(config.output))
     check_sources(config)
+    check_settings(config)
     _let_import(config)
     loss = new_loss(config)
     sources = plan_sources(config, output / "areas")

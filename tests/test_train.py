@@ -147,6 +147,7 @@ def test_another_training_in_the_same_folder_is_refused(job):
         ({"network": {"name": "nowhere.at_all:Net"}}, "nowhere"),
         ({"fit": {"loss": "focal"}}, "expected bce-jaccard"),
         ({"fit": {"args": {"gamma": 2}}}, "gamma"),
+        ({"fit": LEAST["fit"] | {"warmup_steps": 2}}, "warmup_steps 2 of 2 steps"),
         ({"augment": {"zoom": 3}}, r"augment\.zoom: unknown key"),
         ({"normalisation": {"mean": [0.5], "std": [0.2]}}, "expected 3"),
         ({"bands": [1, 2]}, "imagenet has 3 bands"),
@@ -157,10 +158,11 @@ def test_another_training_in_the_same_folder_is_refused(job):
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_line(job, changes, message):
-    _, configured = job
+    folder, configured = job
     with pytest.raises(UserError, match=message) as caught:
         train(configured(**changes), quiet())
     assert "\n" not in str(caught.value)
+    assert message == "values" or not (folder / "run").exists(), "before any work"
 
 
 def test_areas_without_any_building_are_refused_and_one_among_others_is_told_of(job):
