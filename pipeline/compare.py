@@ -29,7 +29,6 @@ SCORES = (
     ("accuracy", "accuracy_pooled", "accuracy", POOLED),
     ("soft_iou", "soft_iou_batches", "soft IoU", BATCHES),
     ("soft_dice", "soft_dice_batches", "soft Dice", BATCHES),
-    ("soft_accuracy", "soft_accuracy_batches", "soft accuracy", BATCHES),
     ("mean_iou", "iou_at_half_batches", "IoU at 0.5", BATCHES),
     ("image_iou", "iou_images", "IoU", IMAGES),
 )
@@ -50,7 +49,7 @@ NEARLY = 0.95
 PROTOCOLS = (
     "pooled: the pixels of all images are counted into one table, at the threshold of the bundle, then divided.",
     "mean over batches: a score of each batch, then their mean; soft ones of probabilities, without a threshold:"
-    " Dice 2Σyp/(Σy+Σp), IoU Σyp/(Σy+Σp-Σyp), accuracy the mean of p where there is a building and of 1-p elsewhere.",
+    " Dice 2Σyp/(Σy+Σp), IoU Σyp/(Σy+Σp-Σyp).",
     "mean over images: a pooled IoU of each area or pair, then their mean; told for 2 to 50 of them.",
     "Scores are those of the bundle: best epoch, calibrated temperature. Losses are those of the best epoch, before"
     " calibration, each a mean over batches; the gap is validation less training.",
