@@ -143,6 +143,9 @@ def run(city: Path, scheduler: str | None, dry_run: bool, fresh: bool, overrides
             folder = config.path(config.output)
             click.echo(f"nothing has changed since {manifest['finished']}: nothing to do, the results are in {folder}")
             return
+        from .allocator import spare_memory
+
+        spare_memory()
         from .progress import show_summary, terminal
         from .run import dry_run as plan_only
         from .run import map_city
