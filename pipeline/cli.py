@@ -191,7 +191,9 @@ def evaluate(run: Path, truth: Path, debug: bool) -> None:
 @main.command()
 @click.argument("folder", type=FOLDER)
 @click.option("--to", "target", type=YAML_FILE, default="city.yaml", show_default=True, help="The file to write.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key that goes into the file as it is.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="A key that goes into the file as it is."
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def init(folder: Path, target: Path, overrides: tuple[str, ...], debug: bool) -> None:
     """Look at the tiles in a FOLDER and write a commented city.yaml for them, with a picture beside it."""
