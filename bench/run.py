@@ -26,7 +26,7 @@ import rasterio
 import yaml
 from affine import Affine
 
-from segpipe.pipeline.cluster import ALLOCATOR
+from segpipe.pipeline.allocator import WORKER_ENVIRONMENT
 
 
 def repeat_tiles(tiles: Path, folder: Path, times: int) -> None:
@@ -129,9 +129,9 @@ def predict_and_bare(folder: Path, passes: int) -> tuple[float, float]:
 @click.option("--settings", default="{}", help="More of city.yaml, as YAML: '{grid: {block_px: 2048}}'.")
 @click.option("--passes", default=3, show_default=True, help="How often the task and the bare pass are timed.")
 def main(tiles: Path, model: str, repeats: tuple[int, ...], settings: str, passes: int) -> None:
-    if ALLOCATOR.items() - os.environ.items():
+    if WORKER_ENVIRONMENT.items() - os.environ.items():
         # The allocator reads its settings when a process starts: this one is to have those of the workers.
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | WORKER_ENVIRONMENT)
     print(
         "| city | valid Mpx | whole run, s | whole run, Mpx/s | predict task, Mpx/s of window | bare pass, Mpx/s |"
         " task / bare | window px / valid px | driver, MiB | worker, MiB |"

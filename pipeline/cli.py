@@ -143,6 +143,9 @@ def run(city: Path, scheduler: str | None, dry_run: bool, fresh: bool, overrides
             folder = config.path(config.output)
             click.echo(f"nothing has changed since {manifest['finished']}: nothing to do, the results are in {folder}")
             return
+        from .allocator import spare_memory
+
+        spare_memory()
         from .progress import show_summary, terminal
         from .run import dry_run as plan_only
         from .run import map_city
@@ -235,7 +238,9 @@ def compare(runs: tuple[Path, ...], output: Path, debug: bool) -> None:
 @main.command()
 @click.argument("folder", type=FOLDER)
 @click.option("--to", "target", type=YAML_FILE, default="city.yaml", show_default=True, help="The file to write.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="A key that goes into the file as it is.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="A key that goes into the file as it is."
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def init(folder: Path, target: Path, overrides: tuple[str, ...], debug: bool) -> None:
     """Look at the tiles in a FOLDER and write a commented city.yaml for them, with a picture beside it."""

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from segpipe.tasks.errors import RunError, UserError
 
+from .allocator import WORKER_ENVIRONMENT
 from .plan import Plan
 from .stages import Receipt, Site
 
@@ -29,17 +30,6 @@ CLOSING_S = 3
 LOOK_EVERY_S = 15.0
 GONE_FOR_S = 60.0
 """A run that has waited so long without a worker for its tasks ends: a nanny, or a batch system, has had its time."""
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),
-    "MALLOC_TRIM_THRESHOLD_": str(2**33),
-    "MALLOC_TOP_PAD_": str(2**27),
-    "THP_MEM_ALLOC_ENABLE": "1",
-}
-"""Environment of workers: memory of activations is kept instead of being faulted in afresh at every layer, or, where
-glibc gives a thread's large allocations back all the same, faulted in by huge pages (torch's own switch).
-
-Not MALLOC_ARENA_MAX=1 too: blocks were up to twice as fast, but one fragmented arena took a worker from 8 to 16 GiB.
-"""
 THREADS_PER_WORKER = 2
 """One for the task that holds the GPU, one for reading and vectorizing meanwhile."""
 
@@ -264,7 +254,7 @@ def open_pool(plan: Plan, scheduler: str | None) -> Iterator[Pool]:
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "OPENBLAS_NUM_THREADS": "1",
-            **ALLOCATOR,
+            **WORKER_ENVIRONMENT,
         },
     }
     with dask.config.set(settings), _attached(plan, scheduler) if scheduler is not None else _local(plan) as pool:

@@ -150,7 +150,7 @@ class _Job(_Section):
     def resolved_yaml(self) -> str:
         """The whole configuration as YAML, with its defaults and absolute paths: it says the same in any folder."""
         values = self.model_dump(mode="json", by_alias=True) | self._absolute_paths()
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return as_yaml(values)
 
     def _absolute_paths(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -392,6 +392,11 @@ class TrainConfig(_Job):
 JobT = TypeVar("JobT", bound=_Job)
 
 
+def as_yaml(values: dict[str, Any]) -> str:
+    """Keys and values as the text of a YAML file, in their order."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
 def load_city(file: Path, overrides: Sequence[str] = ()) -> CityConfig:
     """Read city.yaml. overrides: `key.path=value` texts that win over the file. UserError for anything wrong in it."""
     return _load(CityConfig, file, overrides)
@@ -405,8 +410,8 @@ def load_train(file: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 def _load(kind: type[JobT], file: Path, overrides: Sequence[str]) -> JobT:
     data = _read(file)
     of_file = copy.deepcopy(data)
-    for override in overrides:
-        _override(data, override)
+    for text in overrides:
+        override(data, text)
     try:
         job = kind.model_validate(data)
     except ValidationError as error:
@@ -438,7 +443,8 @@ def _read(file: Path) -> dict[str, Any]:
     return data
 
 
-def _override(data: dict[str, Any], text: str) -> None:
+def override(data: dict[str, Any], text: str) -> None:
+    """Put a `key.path=value` text into the keys and values of a YAML file. UserError where it is none."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"--set {text}: expected key.path=value, for example vectorize.threshold=0.4")

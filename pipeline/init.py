@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
@@ -29,7 +28,7 @@ from segpipe.tasks.grid import Window
 from segpipe.tasks.read import Tile, TileHeader, read_thumbnail
 from segpipe.tasks.validity import resolve_speckle_tolerance, resolve_tolerance, scan_tile
 
-from .config import load_city
+from .config import as_yaml, load_city, override
 from .inputs import RASTERS, find_images
 from .manifest import TRACES
 from .place import crs_name, ground_m, groups_of, place_tiles, tile_crs
@@ -108,11 +107,8 @@ def some_of(headers: Sequence[TileHeader]) -> tuple[TileHeader, ...]:
 
 def _given(overrides: Sequence[str]) -> dict[str, Any]:
     given: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or "." in key:
-            raise UserError(f"--set {override}: expected key=value with a key of the first level, such as images_crs=…")
-        given[key] = yaml.safe_load(value)
+    for text in overrides:
+        override(given, text)
     return given
 
 
@@ -247,7 +243,7 @@ def _yaml(found: Found, bands: tuple[int, ...], nodata: Sequence[Nodata], given:
         lines.append("on_tile_error: fail    # skip: tiles that cannot be read become nodata, and are counted")
     rest = {key: value for key, value in given.items() if key not in ("name", "model", "output", "bands", "images_crs")}
     if rest:
-        lines += ["", yaml.safe_dump(rest, sort_keys=False, allow_unicode=True).rstrip()]
+        lines += ["", as_yaml(rest).rstrip()]
     return "\n".join(lines) + "\n"
 
 

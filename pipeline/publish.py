@@ -6,7 +6,6 @@ rasters in windows, so memory is set by the batch and the block, not by the city
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import shutil
@@ -58,8 +57,6 @@ predicted, geometry as WKB in coordinates of the CRS."""
 PARTIAL = ".partial-segpipe"
 """Marks what is not finished: `mask.partial-segpipe.tif` beside `mask.tif`."""
 
-M_MMAP_THRESHOLD = -3
-"""Of glibc's malloc.h."""
 TILE_PX = 512
 """Internal tiles of the COGs."""
 
@@ -71,18 +68,6 @@ class Written:
     features: int
     digest: str
     bounds: tuple[float, float, float, float] | None
-
-
-def give_freed_memory_back() -> None:
-    """Have glibc return to the system what has been freed: else each step's leavings lie under the next one's peak.
-
-    Its own limit for that grows with the blocks that it sees.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):  # other C libraries have neither
-        libc.mallopt(M_MMAP_THRESHOLD, 256 * 2**10)
-        libc.malloc_trim(0)
-    pa.default_memory_pool().release_unused()
 
 
 def partial_path(path: Path) -> Path:

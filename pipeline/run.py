@@ -27,6 +27,7 @@ from segpipe.tasks.validity import scan_tile
 from segpipe.tasks.vectorize import Buildings, finished_from_bytes, mask_of, publishable
 
 from . import changes, manifest, publish, report
+from .allocator import give_freed_memory_back
 from .cluster import Pool, open_pool
 from .config import CityConfig
 from .describe import describe, pixels_seen, seconds_of
@@ -237,14 +238,14 @@ def publish_all(
         valid_px += int(np.count_nonzero(prob_HW != INVALID))
         return np.where(prob_HW == INVALID, np.uint8(INVALID), mask_HW.astype(np.uint8))
 
-    publish.give_freed_memory_back()
+    give_freed_memory_back()
     geopackage = publish.partial_path(folder / "buildings.gpkg")
     area = _Sum()
     written = publish.write_geopackage(geopackage, area.of(batches_in_order(site, homes)), plan.lattice.crs_wkt)
-    publish.give_freed_memory_back()
+    give_freed_memory_back()
     block_px = min(plan.block_px, ORDER_CELL_PX)
     publish.write_cog(folder / "mask.tif", read_mask, plan.bounds, plan.lattice, resampling="mode", block_px=block_px)
-    publish.give_freed_memory_back()
+    give_freed_memory_back()
     publish.write_cog(
         folder / "probability.tif",
         lambda window: read_in_area(site, window),
@@ -253,7 +254,7 @@ def publish_all(
         resampling="average",
         block_px=block_px,
     )
-    publish.give_freed_memory_back()
+    give_freed_memory_back()
     asked_for = plan.tiles if config.publish.tile_masks else ()
     tile_masks = write_tile_masks(folder, folder / "mask.tif", asked_for, plan.lattice)
     notes = list(plan.notes)

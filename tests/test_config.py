@@ -67,6 +67,7 @@ def test_the_least_that_works_has_the_defaults_of_the_contract(tmp_path: Path) -
             "regularize": "none",
         },
         "cluster": {"kind": "local", "workers": "auto", "threads": "auto", "memory": "auto"},
+        "publish": {"tile_masks": False},
         "store": {"keep": "all"},
     }
 

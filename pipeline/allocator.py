@@ -1,0 +1,45 @@
+"""What glibc's allocator is told: in workers, to keep the memory of activations; in the driver, to give memory back.
+
+Other C libraries have no such switches, and are left alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+WORKER_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_TOP_PAD_": str(2**27),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+"""Environment of workers: memory of activations is kept instead of being faulted in afresh at every layer, or, where
+glibc gives a thread's large allocations back all the same, faulted in by huge pages (torch's own switch).
+
+Not MALLOC_ARENA_MAX=1 too: blocks were up to twice as fast, but one fragmented arena took a worker from 8 to 16 GiB.
+"""
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+"""Of glibc's malloc.h."""
+
+
+def spare_memory() -> None:
+    """Have this process, which plans, waits and publishes, return what it frees, and keep one heap for all threads.
+
+    For the start of a process. Else the limit above which glibc returns a block grows with the blocks that it sees, and
+    each thread's heap keeps its own leavings: publishing a city of 16 times the area then took 14 % more memory, and
+    with this 4 %.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 256 * 2**10)
+        libc.mallopt(M_ARENA_MAX, 1)
+
+
+def give_freed_memory_back() -> None:
+    """Return to the system what has been freed: else each step's leavings lie under the next one's peak."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    import pyarrow as pa
+
+    pa.default_memory_pool().release_unused()
