@@ -52,7 +52,8 @@ def one_line(result: Result) -> str:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["train", "--help"], ["predict", "--help"], ["models", "list", "--help"]]
+    "arguments",
+    [["--help"], ["run", "--help"], ["train", "--help"], ["predict", "--help"], ["models", "list", "--help"]],
 )
 def test_help_is_told_without_importing_anything_heavy(arguments: list[str]) -> None:
     code = (
