@@ -13,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import rasterio
@@ -29,6 +30,10 @@ from segpipe.pipeline.cluster import InProcess, Outcome
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.plan import Plan
 from segpipe.pipeline.publish import rows_digest
+
+# No test asserts a time, and a busy machine is none of a law's business.
+hypothesis.settings.register_profile("laws", deadline=None)
+hypothesis.settings.load_profile("laws")
 
 RESOLUTION = 0.3
 STRIDE, HALO = 32, 32

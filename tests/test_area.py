@@ -393,7 +393,7 @@ SIXTEENTHS = st.integers(-11_000, 11_000).map(lambda n: n / 16)
 CORNERS = st.lists(st.tuples(SIXTEENTHS, SIXTEENTHS), min_size=3, max_size=7)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(CORNERS, st.integers(-700, 500), st.integers(-700, 500), st.integers(1, 300), st.integers(1, 300))
 def test_a_pixel_is_inside_where_the_area_reaches_into_it_whatever_window_is_asked_for(
     corners: list[tuple[float, float]], row: int, col: int, height: int, width: int

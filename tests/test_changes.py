@@ -99,7 +99,7 @@ PLACES = st.dictionaries(
 ).map(lambda found: [(*place, side) for place, side in found.items()])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(PLACES, PLACES, st.integers(1, 7))
 def test_changes_account_for_every_building_once_however_the_streams_are_cut(
     old: list[tuple[int, int, int]], new: list[tuple[int, int, int]], rows: int

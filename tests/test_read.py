@@ -200,7 +200,7 @@ def test_damaged_files_are_errors_and_never_black_pixels(tmp_path, name):
 # Mosaics
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_window_of_overlapping_tiles_is_a_cut_of_their_mosaic(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp()

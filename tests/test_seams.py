@@ -30,7 +30,7 @@ from segpipe.tasks.vectorize import (
     sides_from_bytes,
 )
 
-law = settings(max_examples=500 if THOROUGH else 40, deadline=None, derandomize=not THOROUGH, database=None)
+law = settings(max_examples=500 if THOROUGH else 40, derandomize=not THOROUGH, database=None)
 whole_settings = st.builds(
     VectorSettings, st.just(THRESHOLD), st.sampled_from([0.0, 1.0, 10.0]), st.sampled_from([0.0, 0.5, 2.0, 40.0]),
     st.sampled_from([0.0, 0.3, 1.5]),

@@ -103,7 +103,7 @@ def blotched(draw):
     return grey
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(grey=blotched(), smallest=st.integers(1, 700), piece_px=st.integers(7, 64))
 def test_patches_equal_those_of_the_whole_tile_for_any_piece_size(tmp_path_factory, grey, smallest, piece_px):
     tile = tile_of(tmp_path_factory.getbasetemp() / "blotched.tif", np.stack([grey] * 3))
@@ -114,7 +114,7 @@ def test_patches_equal_those_of_the_whole_tile_for_any_piece_size(tmp_path_facto
     assert found.by_reason == {reason: pixels for reason, pixels in expected.items() if pixels}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), piece_px=st.integers(7, 64), share=st.floats(0.9, 0.99))
 def test_speckled_patches_equal_those_of_the_whole_tile_for_any_piece_size(tmp_path_factory, seed, piece_px, share):
     grey = np.where(np.random.default_rng(seed).random((97, 83)) < share, 0, 9).astype(np.uint8)

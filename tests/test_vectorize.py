@@ -25,7 +25,7 @@ from segpipe.tasks.vectorize import (
     vectorize_block,
 )
 
-law = settings(max_examples=200 if THOROUGH else 30, deadline=None, derandomize=not THOROUGH, database=None)
+law = settings(max_examples=200 if THOROUGH else 30, derandomize=not THOROUGH, database=None)
 PIXEL_M2 = 0.09
 
 
