@@ -135,8 +135,10 @@ def _candidates(area: Area) -> list[View]:
 
 
 def _starts(offset: int, side: int) -> list[int]:
-    """Where windows begin that cover a side; the last one ends with it."""
-    return [offset + max(0, min(start, side - CROP_PX)) for start in range(0, side, CROP_PX)]
+    """Where as many windows begin as fit into a side without overlap, spread evenly over it."""
+    count = max(1, side // CROP_PX)
+    free = max(0, side - count * CROP_PX)
+    return [offset + number * CROP_PX + free * (number + 1) // (count + 1) for number in range(count)]
 
 
 def _tells(view: View) -> bool:

@@ -201,24 +201,21 @@ def _read_tiff(path: Path, bands: tuple[int, ...]) -> Picture | None:
         if dataset.width * dataset.height > MOST_PX:
             raise UserError(f"{path}: {_too_large()}")
         valid_HW = dataset.dataset_mask() != 0
-        image_CHW = _colours(path, dataset, bands, valid_HW)
+        image_CHW = _colours(path, dataset, bands)
         placed = dataset.crs is not None or not dataset.transform.is_identity
         return Picture(image_CHW * valid_HW, valid_HW, dataset.transform if placed else None)
 
 
-def _colours(
-    path: Path, dataset: rasterio.DatasetReader, bands: tuple[int, ...], valid_HW: NDArray[np.bool_]
-) -> NDArray[np.uint8]:
-    """The bands of a dataset, image_CHW; where its palette is transparent, valid_HW becomes False."""
+def _colours(path: Path, dataset: rasterio.DatasetReader, bands: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The bands of a dataset, image_CHW."""
     kinds = dataset.colorinterp
     seen = [number for number, kind in zip(dataset.indexes, kinds, strict=True) if kind != ColorInterp.alpha]
     if kinds[0] == ColorInterp.palette:
-        palette = np.zeros((256, 4), np.uint8)
+        # Of a TIFF without transparency, but for its nodata.
+        palette = np.zeros((256, 3), np.uint8)
         for value, colour in dataset.colormap(1).items():
-            palette[value] = colour
-        pixels_HWC = palette[dataset.read(1)]
-        valid_HW &= pixels_HWC[..., 3] != 0
-        source_CHW = np.moveaxis(pixels_HWC[..., :3], 2, 0)
+            palette[value] = colour[:3]
+        source_CHW = np.moveaxis(palette[dataset.read(1)], 2, 0)
     elif len(seen) == 1:
         source_CHW = np.repeat(dataset.read([1]), max(bands), axis=0)
     else:
