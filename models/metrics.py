@@ -131,8 +131,8 @@ def histogram(stored_HW: Tensor, target_HW: Tensor, valid_HW: Tensor) -> Histogr
 class Measures:
     """Scores as numbers. Pooled at `threshold`: iou to recall. Means over batches: loss, soft_dice to mean_iou.
 
-    mean_iou: of the batches' masks at 0.5. edge_iou: pooled, of the outer 64 px of the areas. A loss that was not
-    measured is 0.
+    soft_accuracy: the mean of p where there is a building and of 1 - p elsewhere. mean_iou: of the batches' masks at
+    0.5. edge_iou: pooled, of the outer 64 px of the areas. A loss that was not measured is 0.
     """
 
     threshold: float
@@ -146,6 +146,7 @@ class Measures:
     soft_iou: float
     mean_iou: float
     edge_iou: float
+    soft_accuracy: float = 1.0
     notes: tuple[str, ...] = ()
 
 
@@ -153,8 +154,9 @@ class Measures:
 class Scores:
     """Sums that all scores of any number of batches come from: add them, then take `measures`.
 
-    histogram: of all valid pixels; edge: of those near the outer edge of their area. sums: float64 of 5 entries, the
-    soft Dice, the soft IoU, the IoU at 0.5 and the loss of every batch, added up, and the number of batches.
+    histogram: of all valid pixels; edge: of those near the outer edge of their area. sums: float64 of 6 entries, the
+    soft Dice, the soft IoU, the IoU at 0.5, the loss and the soft accuracy of every batch, added up, and the number of
+    batches.
     """
 
     histogram: Histogram
@@ -164,7 +166,7 @@ class Scores:
     @staticmethod
     def empty() -> Scores:
         """Nothing measured yet."""
-        return Scores(Histogram.empty(), Histogram.empty(), torch.zeros(5, dtype=torch.float64))
+        return Scores(Histogram.empty(), Histogram.empty(), torch.zeros(6, dtype=torch.float64))
 
     def __add__(self, other: Scores) -> Scores:
         return Scores(self.histogram + other.histogram, self.edge + other.edge, self.sums + other.sums)
@@ -188,7 +190,7 @@ class Scores:
         """The scores; pooled ones at a threshold, by default the one with the best IoU."""
         threshold = self.histogram.best_threshold() if threshold is None else threshold
         pooled, edge = self.histogram.at(threshold), self.edge.at(threshold)
-        soft_dice, soft_iou, mean_iou, loss, batches = self.sums.tolist()
+        soft_dice, soft_iou, mean_iou, loss, soft_accuracy, batches = self.sums.tolist()
         notes = pooled.notes if batches else (*pooled.notes, "no batch was measured: soft scores are 1 by convention")
         if not edge.pixels:
             notes = (*notes, "no valid pixel near the edge was compared: its IoU is 1 by convention")
@@ -204,6 +206,7 @@ class Scores:
             soft_iou=_ratio(soft_iou, batches),
             mean_iou=_ratio(mean_iou, batches),
             edge_iou=edge.iou,
+            soft_accuracy=_ratio(soft_accuracy, batches),
             notes=notes,
         )
 
@@ -218,7 +221,8 @@ def score(
 ) -> Scores:
     """Scores of one batch, on its device: soft and thresholded ones, and the loss that was found for it.
 
-    Soft Dice is 2 Σyp / (Σy + Σp) and soft IoU Σyp / (Σy + Σp - Σyp), over the batch's valid pixels. edge_BHW is True
+    Soft Dice is 2 Σyp / (Σy + Σp), soft IoU Σyp / (Σy + Σp - Σyp), and soft accuracy the mean of yp + (1 - y)(1 - p),
+    over the batch's valid pixels. edge_BHW is True
     near the outer edge of the area that the batch comes from; without it no pixel counts as edge.
     """
     prob, true = prob_BKHW.detach().float(), target_BKHW.bool()
@@ -227,7 +231,7 @@ def score(
     true = true & keep
     stored = torch.round(prob * STEPS).to(torch.uint8)
     edge = None if edge_BHW is None else keep & edge_BHW.bool().reshape(-1, 1, *prob.shape[2:])
-    both, sum_true, sum_prob = (prob * true).sum(), true.sum(), prob.sum()
+    both, sum_true, sum_prob, pixels = (prob * true).sum(), true.sum(), prob.sum(), keep.sum()
     mask = stored >= STEPS / 2  # invalid pixels have probability 0
     union, common = (mask | true).sum(), (mask & true).sum()
     sums = torch.stack(
@@ -236,6 +240,8 @@ def score(
             _quotient(both, sum_true + sum_prob - both),
             _quotient(common, union),
             torch.as_tensor(loss, dtype=torch.float64, device=prob.device),
+            # Σyp + Σ(1-y)(1-p) is N - Σy - Σp + 2Σyp; in float64, since N is large.
+            _quotient(pixels - sum_true - sum_prob.double() + 2 * both.double(), pixels),
             torch.ones((), dtype=torch.float64, device=prob.device),
         ]
     )

@@ -29,8 +29,11 @@ SCORES = (
     ("accuracy", "accuracy_pooled", "accuracy", POOLED),
     ("soft_iou", "soft_iou_batches", "soft IoU", BATCHES),
     ("soft_dice", "soft_dice_batches", "soft Dice", BATCHES),
+    ("soft_accuracy", "soft_accuracy_batches", "soft accuracy", BATCHES),
     ("mean_iou", "iou_at_half_batches", "IoU at 0.5", BATCHES),
     ("image_iou", "iou_images", "IoU", IMAGES),
+    ("image_dice", "dice_images", "Dice", IMAGES),
+    ("image_accuracy", "accuracy_images", "accuracy", IMAGES),
 )
 """Of each score its name in a card, its column in the CSV, its title, and its protocol."""
 COURSE = (
@@ -49,8 +52,8 @@ NEARLY = 0.95
 PROTOCOLS = (
     "pooled: the pixels of all images are counted into one table, at the threshold of the bundle, then divided.",
     "mean over batches: a score of each batch, then their mean; soft ones of probabilities, without a threshold:"
-    " Dice 2Σyp/(Σy+Σp), IoU Σyp/(Σy+Σp-Σyp).",
-    "mean over images: a pooled IoU of each area or pair, then their mean; told for 2 to 50 of them.",
+    " Dice 2Σyp/(Σy+Σp), IoU Σyp/(Σy+Σp-Σyp), accuracy the mean of p where there is a building and of 1-p elsewhere.",
+    "mean over images: a score of each area or pair at the threshold of the bundle, then their mean.",
     "Scores are those of the bundle: best epoch, calibrated temperature. Losses are those of the best epoch, before"
     " calibration, each a mean over batches; the gap is validation less training.",
     "epochs to 95 %: the first epoch whose validation IoU (pooled) is 95 % of the highest of all epochs.",
@@ -95,9 +98,6 @@ class Training:
         found: dict[str, float] = {}
         for part in PARTS:
             scores: dict[str, Any] = _part(self.card, part)
-            by_area = scores.get("iou_by_area")
-            if isinstance(by_area, dict):
-                scores["image_iou"] = statistics.fmean(float(value) for value in by_area.values())
             if scores:
                 found[f"{part}_threshold"] = float(scores["threshold"])
             found |= {f"{part}_{column}": float(scores[name]) for name, column, _, _ in SCORES if name in scores}

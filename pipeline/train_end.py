@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from segpipe.models.calibrate import LogitHistogram, calibration_error, fit_temp
 from segpipe.models.field import peak_bytes_per_px
 from segpipe.models.fit import Fitted, Record
 from segpipe.models.losses import Loss
-from segpipe.models.metrics import Scores
+from segpipe.models.metrics import Histogram, Scores
 from segpipe.models.predictor import resolve_device
 from segpipe.models.weights import Card, save_bundle
 from segpipe.tasks.sample import Area
@@ -134,7 +135,7 @@ class _Watch:
     """Takes note of each view as it is measured: scores by area, how good it is, and, if asked to, its logits."""
 
     def __init__(self, temperature: float, threshold: float, with_logits: bool) -> None:
-        self.by_area: dict[str, Scores] = {}
+        self.by_area: dict[str, Histogram] = {}
         self.logits = LogitHistogram.empty()
         self.ranked: list[tuple[float, View]] = []
         self._with_logits = with_logits
@@ -143,8 +144,8 @@ class _Watch:
 
     def __call__(self, seen: Seen, scores: Scores) -> None:
         name = seen.view.area.name
-        if name in self.by_area or len(self.by_area) <= MOST_NAMED:
-            self.by_area[name] = self.by_area.get(name, Scores.empty()) + scores
+        own = scores.histogram
+        self.by_area[name] = self.by_area[name] + own if name in self.by_area else own
         counts = scores.histogram.at(self._threshold)
         if counts.true_positive + counts.false_negative:
             self.ranked.append((counts.iou, seen.view))
@@ -154,8 +155,8 @@ class _Watch:
             )
 
 
-def _scores(scores: Scores, threshold: float, by_area: dict[str, Scores]) -> dict[str, Any]:
-    """The scores of a part, as they go into the card."""
+def _scores(scores: Scores, threshold: float, by_area: dict[str, Histogram]) -> dict[str, Any]:
+    """The scores of a part, as they go into the card. image_iou and others: means over areas or pairs of their own."""
     found = {name: value for name, value in asdict(scores.measures(threshold)).items() if name != "notes"}
     inner = replace(
         scores.histogram,
@@ -164,8 +165,11 @@ def _scores(scores: Scores, threshold: float, by_area: dict[str, Scores]) -> dic
     )
     rounded: dict[str, Any] = {name: round(value, 4) for name, value in found.items()}
     rounded["interior_iou"] = round(inner.at(threshold).iou, 4)
-    if 1 < len(by_area) <= MOST_NAMED:
-        rounded["iou_by_area"] = {name: round(it.histogram.at(threshold).iou, 4) for name, it in by_area.items()}
+    counts = {name: own.at(threshold) for name, own in by_area.items()}
+    for name in ("iou", "dice", "accuracy"):
+        rounded[f"image_{name}"] = round(fmean(getattr(own, name) for own in counts.values()), 4)
+    if 1 < len(counts) <= MOST_NAMED:
+        rounded["iou_by_area"] = {name: round(own.iou, 4) for name, own in counts.items()}
     return rounded
 
 

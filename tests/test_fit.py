@@ -334,7 +334,7 @@ def scripted(values):
         scores = Scores.empty()
         scores.histogram.positive[250] = hits
         scores.histogram.positive[0] = 1000 - hits
-        scores.sums.copy_(torch.tensor([1 - share, 0, 0, 1 - share, 1]))
+        scores.sums.copy_(torch.tensor([1 - share, 0, 0, 1 - share, 0, 1]))
         return scores
 
     return validate

@@ -66,17 +66,19 @@ def test_soft_scores_are_means_over_batches_and_pooled_ones_those_of_all_pixels(
     stored, target, valid = make_maps()
     parts = [slice(0, 1), slice(1, 4)]  # batches of unlike size: a mean over them is no pooled score
     total = Scores.empty()
-    soft_dice, soft_iou, mean_iou = [], [], []
+    soft_dice, soft_iou, soft_accuracy, mean_iou = [], [], [], []
     for number, part in enumerate(parts):
         prob, true, keep = stored[part] / 250, target[part], valid[part]
         total = total + score(*tensors(prob[:, None].astype(np.float32), true[:, None], keep), loss=number + 1.0)
         p, y = prob[keep], true[keep]
         soft_dice.append(2 * (y * p).sum() / (y.sum() + p.sum()))
         soft_iou.append((y * p).sum() / (y.sum() + p.sum() - (y * p).sum()))
+        soft_accuracy.append(np.where(y, p, 1 - p).mean())
         mean_iou.append(jaccard_score(y, p >= 0.5))
     found = total.measures(0.5)
     assert found.soft_dice == pytest.approx(np.mean(soft_dice), rel=1e-6)
     assert found.soft_iou == pytest.approx(np.mean(soft_iou), rel=1e-6)
+    assert found.soft_accuracy == pytest.approx(np.mean(soft_accuracy), rel=1e-6)
     assert found.mean_iou == pytest.approx(np.mean(mean_iou))
     assert found.iou == pytest.approx(jaccard_score(target[valid], stored[valid] >= 125))
     assert found.loss == 1.5
@@ -87,6 +89,7 @@ def test_soft_scores_are_means_over_batches_and_pooled_ones_those_of_all_pixels(
 def test_scores_of_nothing_are_one_with_a_note_for_each():
     found = Scores.empty().measures()
     assert (found.iou, found.soft_dice, found.soft_iou, found.mean_iou, found.edge_iou) == (1, 1, 1, 1, 1)
+    assert found.soft_accuracy == 1
     assert (found.loss, len(found.notes)) == (0, 3)
     blank = score(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4), torch.ones(1, 4, 4)).measures(0.5)
     assert (blank.iou, blank.soft_dice, blank.soft_iou, blank.mean_iou) == (1, 1, 1, 1)
