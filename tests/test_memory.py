@@ -12,6 +12,7 @@ from conftest import FakePredictor, write_city
 from contextlib import contextmanager
 from segpipe.models import field
 from segpipe.pipeline import run, stages
+from segpipe.pipeline.allocator import spare_memory
 from segpipe.pipeline.cluster import InProcess
 from conftest import map_it
 
@@ -21,9 +22,10 @@ folder, bundle, side = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 def open_pool(plan, scheduler):
     yield InProcess(plan)
 
+spare_memory()
 run.open_pool = open_pool
 stages.load_predictor = lambda plan: FakePredictor()
-field.peak_bytes_per_px = lambda network, dtype: 500.0
+field.peak_bytes_per_px = lambda network, dtype, bands: 500.0
 if not folder.exists():
     write_city(folder, bundle, side, side, tile_px=512, grid={"chunk_px": 256, "block_px": 512}, nodata=None)
 published = map_it(folder / "city.yaml")
