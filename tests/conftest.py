@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from segpipe.pipeline.publish import rows_digest
 # No test asserts a time, and a busy machine is none of a law's business.
 hypothesis.settings.register_profile("laws", deadline=None)
 hypothesis.settings.load_profile("laws")
+
+collect_ignore = [] if find_spec("torchvision") else ["test_torchvision.py"]
 
 RESOLUTION = 0.3
 STRIDE, HALO = 32, 32

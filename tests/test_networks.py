@@ -183,16 +183,6 @@ def test_mobilenetv2_has_the_keys_and_shapes_of_the_imagenet_file(shared: Path) 
         assert used == own
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-def test_encoders_give_what_torchvisions_own_layers_have(name: str) -> None:
-    models = pytest.importorskip("torchvision.models", exc_type=ImportError)
-    network = on_meta(name)
-    theirs = getattr(models, network.published_encoder)().state_dict()
-    used = {network.own_key(key): t.shape for key, t in theirs.items() if not key.startswith(network.unused_prefixes)}
-    own = {key: t.shape for key, t in network.state_dict().items() if key.startswith(network.encoder_prefix)}
-    assert used == own
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits_have_the_height_and_width_of_the_image_less_the_border(name: str) -> None:
     network = on_meta(name, bands=4, classes=2).eval()
