@@ -96,18 +96,29 @@ class Report:
         return self.buildings_m2 / (self.valid_km2 * 1e6) if self.valid_px else 0.0
 
 
+def page_template(name: str) -> jinja2.Template:
+    """One of the pages that stand beside this module as templates; what is missing in what it is given is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda file: files(__package__).joinpath(file).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["number"] = lambda value, digits=0: f"{value:,.{digits}f}"
+    environment.filters["duration"] = _duration
+    return environment.get_template(name)
+
+
 def write_report(path: Path, report: Report, preview: Path | None = None) -> None:
     """Write the page with everything in it, so that it can be sent or kept as one file, and rename it into place.
 
     Raises RunError if it cannot be written.
     """
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    html = page_template("report.html").render(
+        report=report, preview=None if preview is None else _inline_jpeg(preview)
     )
-    environment.filters["number"] = lambda value, digits=0: f"{value:,.{digits}f}"
-    environment.filters["duration"] = _duration
-    template = environment.from_string(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
-    html = template.render(report=report, preview=None if preview is None else _inline_jpeg(preview))
     with written_beside(path) as partial:
         partial.write_text(html, encoding="utf-8")
 

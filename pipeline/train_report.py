@@ -9,11 +9,9 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -26,6 +24,7 @@ from segpipe.models.weights import Card
 
 from .measure import Seen
 from .publish import written_beside
+from .report import page_template
 
 SIDE_PX = 256
 GAP_PX = 6
@@ -67,11 +66,7 @@ class TrainReport:
 
 def write_train_report(path: Path, report: TrainReport) -> None:
     """Write the page with everything in it, and rename it into place. RunError if it cannot be written."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(files(__package__).joinpath("train_report.html").read_text(encoding="utf-8"))
-    html = template.render(
+    html = page_template("train_report.html").render(
         report=report,
         curves=_curves(report),
         diagram=_reliability(report),
