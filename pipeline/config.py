@@ -6,6 +6,7 @@ import copy
 import difflib
 import json
 import os
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -152,8 +153,9 @@ class _Job(_Section):
         values = self.model_dump(mode="json", by_alias=True) | self._absolute_paths()
         return as_yaml(values)
 
+    @abstractmethod
     def _absolute_paths(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """Those values of the configuration that are paths, made absolute."""
 
     def _absolute(self, texts: Sequence[str]) -> list[str]:
         return [text if is_remote(text) else str(self.path(text)) for text in texts]

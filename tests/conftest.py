@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -181,6 +182,15 @@ def write_city(
 def make_city(tmp_path: Path, bundle: Path) -> Callable[..., City]:
     """write_city in a folder of the test's own."""
     return partial(write_city, tmp_path, bundle)
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Commands take signals: put back what pytest had."""
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for sign, handler in before.items():
+        signal.signal(sign, handler)
 
 
 class Interrupted(InProcess):

@@ -22,16 +22,7 @@ from segpipe.tasks.errors import TileError
 
 MakeCity = Callable[..., City]
 
-pytestmark = pytest.mark.usefixtures("in_process")
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """Commands take signals: put back what pytest had."""
-    before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for sign, handler in before.items():
-        signal.signal(sign, handler)
+pytestmark = pytest.mark.usefixtures("in_process", "signals")
 
 
 @pytest.fixture

@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import signal
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ from segpipe.pipeline.config import load_train
 from segpipe.pipeline.train import train
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.sample import cut
+
+pytestmark = pytest.mark.usefixtures("signals")
 
 NETWORK = "test_compare:Tiny"
 FIT = {
@@ -57,15 +58,6 @@ class Tiny(nn.Module):
         """Same H and W."""
         logits: Tensor = self.head(self.encoder(image))
         return logits
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """Commands take signals: put back what pytest had."""
-    before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for sign, handler in before.items():
-        signal.signal(sign, handler)
 
 
 def write_area(folder: Path, name: str, seed: int) -> None:

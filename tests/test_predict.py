@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,7 @@ from segpipe.tasks.errors import UserError
 OWN = "test_predict:Bright"
 Save = Callable[[Path, NDArray[np.uint8]], None]
 
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """Commands take signals: put back what pytest had."""
-    before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for sign, handler in before.items():
-        signal.signal(sign, handler)
+pytestmark = pytest.mark.usefixtures("signals")
 
 
 class Bright(nn.Module):
