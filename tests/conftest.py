@@ -46,7 +46,7 @@ STRIDE, HALO = 32, 32
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data; tests that want it are skipped where it is absent."""
-    folder = Path(os.environ.get("SEGPIPE_SHARED", "../shared"))
+    folder = Path(os.environ.get("SEGPIPE_SHARED", "../shared")).resolve()
     if not (folder / "data").is_dir():
         pytest.skip(f"no real data: SEGPIPE_SHARED is {folder}, which has no data/")
     return folder
