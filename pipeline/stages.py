@@ -11,6 +11,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -77,6 +78,7 @@ class Site:
         self._lock = threading.Lock()
         self._store: Store | None = None
         self._predictor: Predictor | None = None
+        self._network = ThreadPoolExecutor(1, "network")
 
     @property
     def store(self) -> Store:
@@ -93,6 +95,13 @@ class Site:
             if self._predictor is None:
                 self._predictor = load_predictor(self.plan)
             return self._predictor
+
+    def predict(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        """Predict a window, as Predictor does, in the one thread of this process that ever runs the network.
+
+        Each thread that ran it would keep a heap of activations, and a pool of OpenMP threads, of its own.
+        """
+        return self._network.submit(self.predictor.predict, image_CHW, valid_HW).result()
 
     def begin(self, stage: str, unit: str) -> None:
         """Before the first write of a unit: take its old entry back, for its data is about to be another's.
@@ -302,9 +311,9 @@ def predict(site: Site, row: int, col: int, key: str) -> Receipt:
         prob_HW = np.full(core.shape_yx, INVALID, np.uint8)
     else:
         image_CHW = read_image(site, outer)
-        predictor = site.predictor
+        _ = site.predictor  # loaded before the clock of the network starts
         begun = time.perf_counter()
-        prob_HW, seen_px = predict_core(image_CHW, valid_HW, core, halo_px, stride, predictor.predict)
+        prob_HW, seen_px = predict_core(image_CHW, valid_HW, core, halo_px, stride, site.predict)
         seconds_network = time.perf_counter() - begun
     site.begin("predict", unit)
     sums = {}
