@@ -279,7 +279,7 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None) -> Plan:
     layout = Layout(lattice, bounds.snap(config.grid.chunk_px), config.grid.chunk_px, len(config.bands))
     workers = resolve_workers(config.cluster, stored.get("threads"))
     halo_px, notes = _resolve_halo(config, card)
-    notes += _told_of_resolution(config, ground_pixel_m(lattice, bounds), card)
+    notes += _told_of_resolution(config, ground_pixel_m(lattice, bounds), card) + _told_of_resizing(card)
     area = resolve_area(config.area, lattice, [tile.cover for tile in tiles])
     recipe, task_bytes = _resolve_recipe(config, card, halo_px, layout, workers, stored.get("block_px"))
     _check_disk(output, tiles, len(config.bands), _seen(layout.grid, area, recipe, card.stride))
@@ -512,6 +512,17 @@ def _told_of_resolution(config: CityConfig, metres: float, card: Card) -> list[s
     return [
         f"the model was trained at {card.resolution_m:g} m: `grid: {{resolution_m: {card.resolution_m:g}}}` makes it"
         f" {times:.1f} times the pixels, and finds more"
+    ]
+
+
+def _told_of_resizing(card: Card) -> list[str]:
+    """What a network that was trained on images of one size meets in a city, which is never resized."""
+    if card.resize_px is None:
+        return []
+    height, width = card.resize_px
+    return [
+        f"the model was trained on whole images resized to {width} x {height} px, and here sees pixels as they are:"
+        " what it finds may be worse than its figures; `segpipe predict` resizes"
     ]
 
 

@@ -135,6 +135,12 @@ def test_coarser_pixels_than_the_models_are_kept_and_the_plan_says_what_would_fi
     assert not plan_of(city, "grid.resolution_m=0.3", "output=other").notes
 
 
+def test_the_plan_says_that_a_model_of_resized_images_is_given_none(city: City, bundle: Path) -> None:
+    it = load_bundle(bundle)
+    save_bundle(city.folder / "resized.safetensors", it.network, it.card.model_copy(update={"resize_px": (256, 128)}))
+    assert "resized to 128 x 256 px" in plan_of(city, "model=resized.safetensors").notes[0]
+
+
 def test_a_crs_can_be_given_to_tiles_that_have_none(city: City) -> None:
     write_tile(city.folder / "tiles" / "tile1.tif", draw_blobs(64, 64), *ORIGIN, crs=None)
     assert plan_of(city, "images_crs=EPSG:32633").lattice.crs_wkt.startswith('PROJCRS["WGS 84 / UTM zone 33N"')
