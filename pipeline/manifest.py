@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from segpipe.tasks.mosaic import Mosaic
 
     from .plan import Plan
-    from .run import Published
+    from .publish import Published
 
 MANIFEST = "manifest.json"
 OUTPUTS = ("mask.tif", "probability.tif", "preview.png", "report.html")

@@ -21,7 +21,9 @@ from PIL import Image, ImageDraw
 
 from segpipe.tasks.grid import Lattice, Window
 
-from .publish import BATCH_ROWS, LAYER, written_beside
+from .beside import written_beside
+from .geopackage import LAYER
+from .rows import BATCH_ROWS
 
 OUTLINE_RGB = (255, 106, 0)
 HATCH_RGB = (150, 150, 150)

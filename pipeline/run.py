@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import time
-from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -24,60 +22,29 @@ from segpipe.tasks.grid import Window
 from segpipe.tasks.predict import INVALID
 from segpipe.tasks.read import read_window
 from segpipe.tasks.validity import scan_tile
-from segpipe.tasks.vectorize import Buildings, finished_from_bytes, mask_of, publishable
 
-from . import changes, manifest, publish, report
-from .allocator import give_freed_memory_back
+from . import manifest, publish, report
 from .cluster import Pool, open_pool
 from .config import CityConfig
 from .describe import describe, pixels_seen, seconds_of
-from .flow import Block, Flow, run_joins
+from .flow import Flow, run_joins
 from .inputs import versions
 from .plan import Plan, ground_pixel_m, make_plan
-from .progress import Listener, StageSums, watching
+from .progress import Listener, watching
+from .publish import Published, read_in_area
 from .stages import (
-    Receipt,
     Site,
     cell_unit,
     forget_damaged,
-    read_fragment,
     read_image,
-    read_joined,
-    read_probability,
-    tile_unit,
 )
-from .store import OWN_FOLDERS, Store, locked, prepare_store, remove_leftovers, write_bytes, write_json
-from .tile_masks import write_tile_masks
+from .store import OWN_FOLDERS, Store, locked, prepare_store, remove_leftovers, write_json
 
 SETTLED = "settled.json"
-ORDER_CELL_PX = 4096
-"""Buildings are published cell by cell of the lattice, row by row, and in a cell by first pixel: whatever the cut."""
 MOST_PASSES = 4
 """Passes over a city at most that heal what is damaged."""
 LOOKED_AT = 40
 """Tiles at most that a dry run reads."""
-
-
-@dataclass(frozen=True)
-class Published:
-    """What a run has published.
-
-    changes: buildings added, removed and modified since the last publishing; validity: invalid pixels by reason;
-    skipped: tiles that could not be read, and why; tile_masks: paths of the masks of single tiles in the run folder.
-    """
-
-    geopackage: Path
-    rows_digest: str
-    buildings: int
-    buildings_m2: float
-    mask_px: int
-    valid_px: int
-    changes: dict[str, int]
-    validity: dict[str, int]
-    skipped: dict[str, str]
-    notes: tuple[str, ...]
-    stages: dict[str, StageSums]
-    tile_masks: tuple[str, ...]
 
 
 def map_city(config: CityConfig, console: Console, scheduler: str | None = None, fresh: bool = False) -> Published:
@@ -171,7 +138,7 @@ def run_plan(config: CityConfig, plan: Plan, listener: Listener, scheduler: str 
                 with listener.showing():
                     skipped = carry_all(plan, pool, listener)
                     homes = run_joins(plan, pool, listener)
-            return publish_all(config, plan, listener, homes, skipped)
+            return publish.publish_all(config, plan, listener, homes, skipped)
         except DamageError as error:
             if not passes_left:
                 raise
@@ -216,195 +183,6 @@ def _told(failures: list[tuple[str, str, BaseException]]) -> str:
     return (
         f"{stage} {unit} failed: {first}{more}{others}; all else is done and kept; run the same command again to go on"
     )
-
-
-def publish_all(
-    config: CityConfig, plan: Plan, listener: Listener, homes: list[Block], skipped: dict[int, str]
-) -> Published:
-    """Write GeoPackage, rasters, preview and report beside, check them, and rename them into place."""
-    start = time.perf_counter()
-    listener.expect("publish", 1)
-    manifest.revoke(plan.output)
-    write_bytes(plan.output / "city.yaml", config.resolved_yaml().encode())
-    site, folder = Site(plan), plan.output
-    threshold_u8 = plan.vector.threshold_u8
-    mask_px = valid_px = 0
-
-    def read_mask(window: Window) -> NDArray[np.uint8]:
-        nonlocal mask_px, valid_px
-        prob_HW = read_in_area(site, window)
-        mask_HW = mask_of(prob_HW, threshold_u8)
-        mask_px += int(np.count_nonzero(mask_HW))
-        valid_px += int(np.count_nonzero(prob_HW != INVALID))
-        return np.where(prob_HW == INVALID, np.uint8(INVALID), mask_HW.astype(np.uint8))
-
-    give_freed_memory_back()
-    geopackage = publish.partial_path(folder / "buildings.gpkg")
-    area = _Sum()
-    written = publish.write_geopackage(geopackage, area.of(batches_in_order(site, homes)), plan.lattice.crs_wkt)
-    give_freed_memory_back()
-    block_px = min(plan.block_px, ORDER_CELL_PX)
-    publish.write_cog(folder / "mask.tif", read_mask, plan.bounds, plan.lattice, resampling="mode", block_px=block_px)
-    give_freed_memory_back()
-    publish.write_cog(
-        folder / "probability.tif",
-        lambda window: read_in_area(site, window),
-        plan.bounds,
-        plan.lattice,
-        resampling="average",
-        block_px=block_px,
-    )
-    give_freed_memory_back()
-    asked_for = plan.tiles if config.publish.tile_masks else ()
-    tile_masks = write_tile_masks(folder, folder / "mask.tif", asked_for, plan.lattice)
-    notes = list(plan.notes)
-    left: list[str] = []
-    known = manifest.revoke(folder, written.digest)
-    changed = write_changes(plan, geopackage, written.digest, known, listener)
-    placed = publish.place_geopackage(
-        geopackage,
-        folder,
-        known,
-        lambda path, why: left.append(f"{path.name} {why}, and is left alone"),
-    )
-    if left:
-        notes.append(f"{'; '.join(left)}; the new one is {placed}")
-        listener.say(notes[-1])
-    if oversized := sum(_joined_at(site, home).get("oversized", 0) for home in homes):
-        notes.append(
-            f"{oversized} buildings reach further than a block: memory was set by them, not by the block alone"
-        )
-        listener.say(notes[-1])
-    seconds = time.perf_counter() - start
-    listener.done(Receipt("publish", plan.name, plan.bounds.pixels, placed.stat().st_size, seconds, {}))
-    return Published(
-        geopackage=placed,
-        rows_digest=written.digest,
-        buildings=written.features,
-        buildings_m2=area.total,
-        mask_px=mask_px,
-        valid_px=valid_px,
-        changes=changed,
-        validity=_validity(site, skipped),
-        skipped=plan.left_out | {plan.tiles[tile].path: reason for tile, reason in skipped.items()},
-        notes=tuple(notes),
-        stages=listener.stages,
-        tile_masks=tuple(tile_masks),
-    )
-
-
-def read_in_area(site: Site, window: Window) -> NDArray[np.uint8]:
-    """prob_HW of a window as it is published: what lies outside the area is invalid too."""
-    prob_HW, area = read_probability(site, window), site.plan.area
-    return prob_HW if area is None else np.where(area.inside(window), prob_HW, np.uint8(INVALID))
-
-
-def write_changes(
-    plan: Plan, geopackage: Path, digest: str, known: Mapping[str, Collection[str]], listener: Listener
-) -> dict[str, int]:
-    """Add what has changed since the last publishing to a GeoPackage that is to be placed; number of each kind.
-
-    digest: of its rows; known: digests of the rows that were published, by file name. The same rows again, be it after
-    a kill or because a picture was missing, keep the changes that they came with. Nothing is told where nothing was
-    published before, or on another lattice: ids are places on it.
-    """
-    name, lattice = manifest.last_published(plan.output)
-    last = publish.find_published(plan.output, known, name)
-    if last is not None and last[1] == digest:
-        rows = publish.read_rows(last[0], publish.CHANGES_LAYER, changes.SCHEMA)
-        return publish.add_changes(geopackage, rows, plan.lattice.crs_wkt)
-    rows = iter(())
-    if last is not None and lattice == asdict(plan.lattice):
-        rows = changes.compare(publish.read_rows(last[0]), publish.read_rows(geopackage), ORDER_CELL_PX)
-    counts = publish.add_changes(geopackage, rows, plan.lattice.crs_wkt)
-    if last is not None:
-        told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        listener.say(f"{'changes':>10}  {told if lattice == asdict(plan.lattice) else 'not told: another lattice'}")
-    return counts
-
-
-def _joined_at(site: Site, home: Block) -> dict[str, Any]:
-    return site.ledger.entry("join", cell_unit(*home)) or {}
-
-
-class _Sum:
-    """The sum of a column of batches on their way."""
-
-    total = 0.0
-
-    def of(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            self.total += float(np.asarray(batch.column("area_m2")).sum())
-            yield batch
-
-
-def _validity(site: Site, skipped: dict[int, str]) -> dict[str, int]:
-    """Pixels found invalid in the tiles that were looked at, by reason."""
-    reasons: Counter[str] = Counter()
-    for tile in site.plan.tiles_seen():
-        it = site.plan.tiles[tile]
-        if tile in skipped:
-            reasons["tile skipped"] += it.window.pixels
-        elif (entry := site.ledger.entry("scan", tile_unit(site.plan, tile))) is not None:
-            reasons.update(entry["by_reason"])
-    return {reason: pixels for reason, pixels in sorted(reasons.items()) if pixels}
-
-
-def batches_in_order(site: Site, homes: list[Block]) -> Iterator[pa.RecordBatch]:
-    """All buildings that meet the area in the order of the lattice, in batches of at most BATCH_ROWS rows.
-
-    At most the buildings of the blocks under one cell of the order are held.
-    """
-    plan = site.plan
-    home_set = set(homes)
-    cache: OrderedDict[Block, Buildings] = OrderedDict()
-    blocks_per_cell = (-(-ORDER_CELL_PX // plan.block_px) + 1) ** 2
-
-    def of_block(block: Block) -> Buildings:
-        if block not in cache:
-            parts = [finished_from_bytes(read_fragment(site, *block))]
-            if block in home_set:
-                parts.append(read_joined(site, *block))
-            cache[block] = Buildings.concatenate(parts)
-            if len(cache) > blocks_per_cell:
-                cache.popitem(last=False)
-        cache.move_to_end(block)
-        return cache[block]
-
-    held: list[pa.RecordBatch] = []
-    rows = 0
-    for cell in plan.layout.grid.cells(ORDER_CELL_PX):
-        window = Window.cell(*cell, ORDER_CELL_PX)
-        parts = [
-            _first_pixel_in(of_block(block), window)
-            for block in window.intersect(plan.layout.grid).cells(plan.block_px)
-            if plan.is_predicted(block)
-        ]
-        found = Buildings.concatenate(parts)
-        if plan.area is not None:
-            found = found.take(plan.area.meets(found.geometry))
-        found = found.take(np.lexsort((found.key_col, found.key_row)))
-        batch = publishable(found, plan.lattice)
-        while len(batch):
-            part = batch.slice(0, publish.BATCH_ROWS - rows)
-            batch = batch.slice(len(part))
-            held.append(part)
-            rows += len(part)
-            if rows == publish.BATCH_ROWS:
-                yield _one(held)
-                held, rows = [], 0
-    if held:
-        yield _one(held)
-
-
-def _first_pixel_in(buildings: Buildings, window: Window) -> Buildings:
-    row, col = buildings.key_row, buildings.key_col
-    rows = (row >= window.row_off) & (row < window.row_stop)
-    return buildings.take(rows & (col >= window.col_off) & (col < window.col_stop))
-
-
-def _one(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
-    return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
 
 
 OUTPUTS = (

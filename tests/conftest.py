@@ -30,8 +30,8 @@ from segpipe.models.weights import Card, Reach, save_bundle
 from segpipe.pipeline import run
 from segpipe.pipeline.cluster import InProcess, Outcome
 from segpipe.pipeline.config import load_city
+from segpipe.pipeline.geopackage import rows_digest
 from segpipe.pipeline.plan import Plan
-from segpipe.pipeline.publish import rows_digest
 
 # No test asserts a time, and a busy machine is none of a law's business.
 hypothesis.settings.register_profile("laws", deadline=None)

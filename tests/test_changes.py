@@ -19,6 +19,7 @@ from segpipe.pipeline import changes, publish, run
 from segpipe.pipeline.changes import compare
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.manifest import nothing_changed
+from segpipe.pipeline.rows import SCHEMA
 from segpipe.tasks.vectorize import building_ids, first_pixels
 
 MakeCity = Callable[..., City]
@@ -40,7 +41,7 @@ def batch(places: list[tuple[int, int, int]], confidence: float = 0.5) -> pa.Rec
         "cut": np.zeros(len(row), np.bool_),
         "geometry": shapely.to_wkb(shapely.box(col, -row - side, col + side, -row)),
     }
-    return pa.record_batch([pa.array(columns[it.name], it.type) for it in publish.SCHEMA], schema=publish.SCHEMA)
+    return pa.record_batch([pa.array(columns[it.name], it.type) for it in SCHEMA], schema=SCHEMA)
 
 
 def told(old: list[tuple[int, int, int]], new: list[tuple[int, int, int]], rows: int = 3) -> list[tuple[Any, ...]]:

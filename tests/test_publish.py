@@ -16,19 +16,12 @@ import rasterio
 import shapely
 from pyproj import CRS
 
-from segpipe.pipeline import changes, publish
-from segpipe.pipeline.publish import (
-    BATCH_ROWS,
-    SCHEMA,
-    add_changes,
-    find_published,
-    partial_path,
-    place_geopackage,
-    read_rows,
-    rows_digest,
-    write_cog,
-    write_geopackage,
-)
+from segpipe.pipeline import changes, placing
+from segpipe.pipeline.beside import partial_path
+from segpipe.pipeline.geopackage import add_changes, read_rows, rows_digest, write_geopackage
+from segpipe.pipeline.placing import find_published, place_geopackage
+from segpipe.pipeline.rasters import write_cog
+from segpipe.pipeline.rows import BATCH_ROWS, SCHEMA
 from segpipe.tasks.errors import RunError
 from segpipe.tasks.grid import Lattice, Window
 
@@ -383,7 +376,7 @@ def test_a_file_that_another_program_has_locked_is_left_alone_without_waiting_fo
 ) -> None:
     mine, published, _ = place(tmp_path, 10)
     read: list[Path] = []
-    monkeypatch.setattr(publish, "rows_digest", lambda path: read.append(path) or rows_digest(path))
+    monkeypatch.setattr(placing, "rows_digest", lambda path: read.append(path) or rows_digest(path))
     with closing(sqlite3.connect(mine, isolation_level=None)) as somebody:
         somebody.execute(lock)
         placed, _, left = place(tmp_path, 11, buildings=published)

@@ -14,8 +14,9 @@ from PIL import Image
 from pyproj import CRS
 
 from segpipe.pipeline import report as module
-from segpipe.pipeline.publish import SCHEMA, write_geopackage
+from segpipe.pipeline.geopackage import write_geopackage
 from segpipe.pipeline.report import Report, StageTime, write_preview, write_report
+from segpipe.pipeline.rows import SCHEMA
 from segpipe.tasks.errors import RunError
 from segpipe.tasks.grid import Lattice, Window
 
