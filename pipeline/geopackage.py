@@ -19,12 +19,13 @@ import shapely
 from segpipe.tasks.errors import RunError
 
 from . import changes
-from .beside import remove_with_siblings, write_error
+from .beside import partial_path, remove_with_siblings, write_error
 from .rows import BATCH_ROWS, SCHEMA, CheckedStream, RowsDigest, Written
-from .styles import CHANGES_QML, STYLE_QML
+from .styles import CHANGES_QML, STYLE_QML, VERDICTS_QML
 
 LAYER = "buildings"
 CHANGES_LAYER = "changes"
+VERDICTS_LAYER = "evaluation"
 
 
 def write_geopackage(path: Path, batches: Iterable[pa.RecordBatch], crs_wkt: str) -> Written:
@@ -60,6 +61,20 @@ def add_changes(path: Path, batches: Iterable[pa.RecordBatch], crs_wkt: str) -> 
             _write_checked(path, CHANGES_LAYER, stream, crs_wkt, CHANGES_QML, "by kind of change")
         beside.unlink()
     return counts
+
+
+def write_verdicts(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema, crs_wkt: str) -> int:
+    """Write what an evaluation has judged as layer `evaluation`, MultiPolygons styled by `verdict`; number of rows.
+
+    As `write_geopackage`: beside, checked, and renamed into place. Raises RunError, and leaves what was there.
+    """
+    partial = partial_path(path)
+    remove_with_siblings(partial)
+    with _whole_or_gone(partial):
+        stream = CheckedStream(batches, schema, "MultiPolygon")
+        written = _write_checked(partial, VERDICTS_LAYER, stream, crs_wkt, VERDICTS_QML, "by verdict")
+        partial.replace(path)
+    return written.features
 
 
 @contextmanager
@@ -141,7 +156,7 @@ def _write_layer(path: Path, layer: str, stream: CheckedStream, crs_wkt: str) ->
             layer=layer,
             driver="GPKG",
             geometry_name="geometry",
-            geometry_type="Polygon",
+            geometry_type=stream.geometry_type,
             crs=crs_wkt,
             # Older QGIS warns about 1.4, which is GDAL's default.
             dataset_options={} if path.exists() else {"VERSION": "1.2"},

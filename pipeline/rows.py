@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -45,9 +46,15 @@ class Written:
 class CheckedStream:
     """Batches on their way to the writer: counts, bounds and digest grow with every batch that passes."""
 
-    def __init__(self, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
+    def __init__(
+        self,
+        batches: Iterable[pa.RecordBatch],
+        schema: pa.Schema,
+        geometry_type: Literal["Polygon", "MultiPolygon"] = "Polygon",
+    ) -> None:
         self._batches = batches
         self.schema = schema
+        self.geometry_type = geometry_type
         self.features = 0
         self.bounds: tuple[float, float, float, float] | None = None
         self.digest = RowsDigest(schema)
@@ -67,12 +74,13 @@ class CheckedStream:
         assert batch.num_rows <= BATCH_ROWS, f"batch of {batch.num_rows} rows: at most {BATCH_ROWS} are written at once"
         batch = batch.select(self.schema.names).cast(self.schema)
         geometries = shapely.from_wkb(batch.column("geometry").to_numpy(zero_copy_only=False))
-        good = (shapely.get_type_id(geometries) == shapely.GeometryType.POLYGON) & shapely.is_valid(geometries)
+        expected = shapely.GeometryType[self.geometry_type.upper()]
+        good = (shapely.get_type_id(geometries) == expected) & shapely.is_valid(geometries)
         good &= ~shapely.is_empty(geometries)
         if not good.all():
             row = int(np.flatnonzero(~good)[0])
             reason = shapely.is_valid_reason(geometries[row])
-            raise RunError(f"building {batch.column('building_id')[row]}: not a valid Polygon ({reason})")
+            raise RunError(f"building {batch.column('building_id')[row]}: not a valid {self.geometry_type} ({reason})")
         if batch.num_rows:
             bounds = shapely.total_bounds(geometries)
             if self.bounds is not None:

@@ -64,3 +64,12 @@ CHANGES_QML = _style_qml(
     },
     attribute="change",
 )
+VERDICTS_QML = _style_qml(
+    {
+        "hit": _Fill("44,160,44,90", "23,110,23,255"),
+        "false alarm": _Fill("255,127,14,110", "190,80,0,255"),
+        "miss": _Fill("214,39,40,110", "140,15,20,255"),
+        "not judged": _Fill("150,150,150,90", "90,90,90,255"),
+    },
+    attribute="verdict",
+)
