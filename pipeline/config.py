@@ -17,10 +17,13 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     JsonValue,
     PrivateAttr,
+    Tag,
     ValidationError,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 
@@ -111,15 +114,112 @@ class VectorizeConfig(_Section):
     regularize: Literal["none"] = Field("none", description="none")
 
 
-class ClusterConfig(_Section):
-    """Where the work runs. workers: processes; threads: of torch in each; memory: of all workers together."""
+Memory = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*(GiB|GB|MiB|MB)$")]
+Lines = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple_of_any)]
 
-    kind: Literal["local"] = Field("local", description="local")
-    workers: PositiveInt | Auto = Field("auto", description="auto, or a whole number from 1 such as 2")
-    threads: PositiveInt | Auto = Field("auto", description="auto, or a whole number from 1 such as 2")
-    memory: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*(GiB|GB|MiB|MB)$")] | Auto = Field(
-        "auto", description="auto, or a number with GiB, GB, MiB or MB such as 8 GiB"
+
+TLS = "null, or the PEM files {ca: …, cert: …, key: …}"
+
+
+class TlsConfig(_Section):
+    """What the driver shows to a scheduler, and what it takes the scheduler's certificate for: PEM files."""
+
+    ca: PathText = Field(description="a PEM file with the certificate of the authority")
+    cert: PathText = Field(description="a PEM file with this side's certificate")
+    key: PathText = Field(description="a PEM file with this side's key")
+
+
+class GroupConfig(_Section):
+    """Jobs of one kind of a batch system, and the workers in each. cores and memory are of a whole job."""
+
+    count: PositiveInt = Field(1, description="a whole number of jobs from 1")
+    processes: PositiveInt = Field(1, description="a whole number of workers in each job from 1")
+    cores: PositiveInt = Field(description="a whole number of cores of each job such as 8")
+    memory: Memory = Field(description="a number with GiB, GB, MiB or MB for each job such as 32 GiB")
+    walltime: Text = Field("01:00:00", description="a time as sbatch takes it such as 01:00:00")
+    queue: Text | None = Field(None, description="null, or the name of a partition")
+    account: Text | None = Field(None, description="null, or the name of an account")
+    directives: Lines = Field((), description="a list of what sbatch is to be told besides such as [--gres=gpu:1]")
+    prologue: Lines = Field((), description="a list of lines of shell that come before the worker")
+    device: Text | Auto = Field("auto", description="auto, or the device in a recipe such as cuda sm_90")
+
+
+KINDS = "local, scheduler, slurm or class"
+THREADS = "auto, or a whole number from 1 such as 2"
+
+
+class LocalConfig(_Section):
+    """Worker processes of this machine. threads: of torch in each; memory: of all workers together."""
+
+    kind: Literal["local"] = Field("local", description=KINDS)
+    workers: PositiveInt | Auto = Field("auto", description=THREADS)
+    threads: PositiveInt | Auto = Field("auto", description=THREADS)
+    memory: Memory | Auto = Field("auto", description="auto, or a number with GiB, GB, MiB or MB such as 8 GiB")
+
+
+class SchedulerConfig(_Section):
+    """A Dask scheduler that runs already, with its workers."""
+
+    kind: Literal["scheduler"] = Field(description=KINDS)
+    address: Annotated[str, Field(pattern=r"^\w+://.+$")] | None = Field(
+        None, description="null, or tcp://host:8786 or tls://host:8786"
     )
+    scheduler_file: PathText | None = Field(None, description="null, or the JSON file that a scheduler has written")
+    tls: TlsConfig | None = Field(None, description=TLS)
+    threads: PositiveInt | Auto = Field("auto", description=THREADS)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> SchedulerConfig:
+        if (self.address is None) == (self.scheduler_file is None):
+            raise ValueError("names not exactly one of address and scheduler_file")
+        return self
+
+
+class SlurmConfig(_Section):
+    """Jobs of SLURM that join a scheduler in this process. Without jobs with GPUs, those without predict."""
+
+    kind: Literal["slurm"] = Field(description=KINDS)
+    cpu: GroupConfig | None = Field(None, description="null, or jobs such as {count: 4, cores: 8, memory: 32 GiB}")
+    gpu: GroupConfig | None = Field(None, description="null, or jobs such as {count: 2, cores: 8, memory: 64 GiB}")
+    interface: Text | None = Field(None, description="null, or the network interface of the scheduler such as ib0")
+    log_directory: PathText | None = Field(None, description="null, or a folder for what the jobs print")
+    tls: TlsConfig | None = Field(None, description=TLS)
+    threads: PositiveInt | Auto = Field("auto", description=THREADS)
+
+    @model_validator(mode="after")
+    def _some(self) -> SlurmConfig:
+        if self.cpu is None and self.gpu is None:
+            raise ValueError("has neither cpu nor gpu")
+        return self
+
+
+class ClassConfig(_Section):
+    """Any subclass of distributed's Cluster; it is imported, and so run, because the YAML names it."""
+
+    kind: Literal["class"] = Field(description=KINDS)
+    class_: Annotated[str, Field(pattern=r"^\w+(\.\w+)+$")] = Field(
+        alias="class", description="package.module.Name of a subclass of distributed's Cluster"
+    )
+    kwargs: dict[str, JsonValue] = Field({}, description="arguments of the class such as {n_workers: 2}")
+    workers: PositiveInt | None = Field(None, description="null, or how many workers it is to be scaled to such as 8")
+    tls: TlsConfig | None = Field(None, description=TLS)
+    threads: PositiveInt | Auto = Field("auto", description=THREADS)
+    wait_s: PositiveInt = Field(600, description="a whole number of seconds from 1")
+
+
+def _kind_of(value: object) -> str:
+    """Which section a cluster is; what is none of them is told of as the first."""
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return kind if isinstance(kind, str) and kind in ("scheduler", "slurm", "class") else "local"
+
+
+ClusterConfig = Annotated[
+    Annotated[LocalConfig, Tag("local")]
+    | Annotated[SchedulerConfig, Tag("scheduler")]
+    | Annotated[SlurmConfig, Tag("slurm")]
+    | Annotated[ClassConfig, Tag("class")],
+    Discriminator(_kind_of),
+]
 
 
 class StoreConfig(_Section):
@@ -182,7 +282,7 @@ class CityConfig(_Job):
     grid: GridConfig = Field(GridConfig(), description="keys and values such as {chunk_px: 1024}")
     predict: PredictConfig = Field(PredictConfig(), description="keys and values such as {halo: auto}")
     vectorize: VectorizeConfig = Field(VectorizeConfig(), description="keys and values such as {threshold: 0.4}")
-    cluster: ClusterConfig = Field(ClusterConfig(), description="keys and values such as {workers: 2}")
+    cluster: ClusterConfig = Field(LocalConfig(), description="keys and values such as {workers: 2}")
     publish: PublishConfig = Field(PublishConfig(), description="keys and values such as {tile_masks: true}")
     store: StoreConfig = Field(StoreConfig(), description="keys and values such as {keep: all}")
 
@@ -193,14 +293,31 @@ class CityConfig(_Job):
             "images": self._absolute(self.images),
             "model": str(model) if model.is_file() else self.model,
             "output": str(self.path(self.output)),
+            "cluster": self._absolute_cluster(),
             "grid": self.grid.model_dump(mode="json")
             | ({"area": str(self.area)} if isinstance(self.area, Path) else {}),
         }
+
+    def _absolute_cluster(self) -> dict[str, Any]:
+        values = self.cluster.model_dump(mode="json", by_alias=True)
+        for name in ("scheduler_file", "log_directory"):
+            if values.get(name) is not None:
+                values[name] = str(self.path(values[name]))
+        if values.get("tls") is not None:
+            values["tls"] = {part: str(self.path(path)) for part, path in values["tls"].items()}
+        return values
 
     @property
     def area(self) -> Path | tuple[float, float, float, float] | None:
         """`grid.area`: the path of a vector file, or bounds."""
         return self.path(self.grid.area) if isinstance(self.grid.area, str) else self.grid.area
+
+
+def with_scheduler(config: CityConfig, address: str) -> CityConfig:
+    """The same city on a running scheduler, with the certificates and threads that its YAML names."""
+    tls = getattr(config.cluster, "tls", None)
+    cluster = SchedulerConfig(kind="scheduler", address=address, tls=tls, threads=config.cluster.threads)
+    return config.model_copy(update={"cluster": cluster})
 
 
 Values = Annotated[tuple[Annotated[int, Field(ge=0, le=255)], ...], BeforeValidator(_as_tuple_of_any)]
@@ -541,6 +658,9 @@ def _place(kind: type[BaseModel], loc: Sequence[int | str]) -> tuple[Key, FieldI
     for part in loc:
         if isinstance(part, int):
             position = (part,)
+        elif field is not None and part in (kinds := _kinds_of(field.annotation)):
+            section = kinds[part]
+            known = _keys(section)
         elif section is not None:
             known = _keys(section)
             key, position = (*key, *position, part), ()
@@ -555,6 +675,14 @@ def _expected(field: FieldInfo | None) -> str:
 
 def _keys(kind: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in kind.model_fields.items()]
+
+
+def _kinds_of(annotation: object) -> dict[str, type[BaseModel]]:
+    """Sections of which a key may hold one or another, by the tag that pydantic puts into its places."""
+    tags = [part.tag for part in get_args(annotation) if isinstance(part, Tag)]
+    if tags:
+        return {tags[0]: get_args(annotation)[0]}
+    return {tag: kind for part in get_args(annotation) for tag, kind in _kinds_of(part).items()}
 
 
 def _section_of(annotation: object) -> type[BaseModel] | None:

@@ -51,6 +51,7 @@ class Flow:
         self._waiting: defaultdict[tuple[str, int | Chunk], list[Block]] = defaultdict(list)
         self._missing: dict[Block, int] = {}
         self._in_flight = 0
+        self._to_predict = 0
         self._successes = 0
         self.failures: list[tuple[str, str, BaseException]] = []
         self.newly_skipped: dict[int, str] = {}
@@ -66,6 +67,8 @@ class Flow:
                 more = block is not None and not self._hopeless()
                 if more and block is not None:
                     self._admit(block)
+            if not (more or self._missing or self._to_predict):
+                self._pool.spare_gpus()
             if self._in_flight:
                 self._take(self._pool.next())
 
@@ -156,10 +159,12 @@ class Flow:
 
     def _submit(self, stage: str, arguments: tuple[object, ...], gpu: bool = False) -> None:
         self._in_flight += 1
+        self._to_predict += gpu
         self._pool.submit(Task(getattr(stages, stage), arguments, gpu, _PRIORITY[stage]))
 
     def _take(self, outcome: Outcome) -> None:
         self._in_flight -= 1
+        self._to_predict -= outcome.task.gpu
         stage, arguments = outcome.task.stage.__name__, outcome.task.arguments
         if outcome.receipt is None:
             assert outcome.error is not None

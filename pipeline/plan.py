@@ -29,7 +29,7 @@ from segpipe.tasks.scale import Scale, percentile_scale, sample_values
 from segpipe.tasks.validity import min_pixels, resolve_speckle_tolerance, resolve_tolerance
 from segpipe.tasks.vectorize import VectorSettings
 
-from .config import CityConfig, ClusterConfig
+from .config import CityConfig, ClusterConfig, LocalConfig
 from .district import District, resolve_area
 from .inputs import ASKED_AT_ONCE, find_images
 from .manifest import check_folder_is_ours
@@ -54,6 +54,18 @@ class Workers:
     count: int
     threads: int
     memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The workers that predict, where they are not of this machine. cores and memory_bytes: of the least of them."""
+
+    device: str
+    torch: str
+    workers: int
+    cores: int
+    memory_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -248,8 +260,10 @@ def ground_pixel_m(lattice: Lattice, window: Window) -> float:
     return float(lattice.ground_pixel_m(np.array([row]), np.array([col]))[0])
 
 
-def make_plan(config: CityConfig, stored: dict[str, Any] | None = None) -> Plan:
+def make_plan(config: CityConfig, stored: dict[str, Any] | None = None, crew: Crew | None = None) -> Plan:
     """Decide everything and check it. stored: what an earlier run in this folder has settled (lattice, block_px).
+
+    crew: the workers that predict; None: this machine's.
 
     Raises UserError, with what was found, what was expected and the cure, for anything that cannot be run.
     """
@@ -277,11 +291,12 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None) -> Plan:
         file_names(tiles)
     bounds = placement.bounds
     layout = Layout(lattice, bounds.snap(config.grid.chunk_px), config.grid.chunk_px, len(config.bands))
-    workers = resolve_workers(config.cluster, stored.get("threads"))
+    workers = resolve_workers(config.cluster, stored.get("threads"), crew)
     halo_px, notes = _resolve_halo(config, card)
     notes += _told_of_resolution(config, ground_pixel_m(lattice, bounds), card)
     area = resolve_area(config.area, lattice, [tile.cover for tile in tiles])
-    recipe, task_bytes = _resolve_recipe(config, card, halo_px, layout, workers, stored.get("block_px"))
+    notes += [] if crew is None else crew.notes
+    recipe, task_bytes = _resolve_recipe(config, card, halo_px, layout, workers, stored.get("block_px"), crew)
     _check_disk(output, tiles, len(config.bands), _seen(layout.grid, area, recipe, card.stride))
     threshold = config.vectorize.threshold if config.vectorize.threshold is not None else card.threshold
     return Plan(
@@ -454,24 +469,31 @@ def _check_resolution(config: CityConfig, headers: Sequence[TileHeader], card: C
             )
 
 
-def resolve_workers(config: ClusterConfig, stored_threads: int | None = None) -> Workers:
+def resolve_workers(config: ClusterConfig, stored_threads: int | None = None, crew: Crew | None = None) -> Workers:
     """Workers, threads and memory from the configuration and what this process may use of the machine.
 
     Not what happens to be free: that would decide the block size. stored_threads: those of the first run in this
-    folder, which are part of the recipe.
+    folder, which are part of the recipe. crew: workers that are not of this machine.
     """
+    if crew is not None:
+        threads = config.threads if config.threads != "auto" else stored_threads or crew.cores
+        return Workers(crew.workers, threads, crew.memory_bytes)
+    if not isinstance(config, LocalConfig):
+        config = LocalConfig(threads=config.threads)
     gpus = torch_gpus()
     cores, memory_bytes = allowance()
     count = config.workers if config.workers != "auto" else gpus or max(1, cores // 8)
     count = min(count, gpus) if gpus else count
     threads = config.threads if config.threads != "auto" else stored_threads or max(1, cores // count)
-    if config.memory == "auto":
-        total = int(memory_bytes * 0.8)
-    else:
-        unit = config.memory.lstrip("0123456789. ")
-        number = float(config.memory.removesuffix(unit))
-        total = int(number * {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}[unit])
+    total = int(memory_bytes * 0.8) if config.memory == "auto" else bytes_of(config.memory)
     return Workers(count, threads, total // count)
+
+
+def bytes_of(text: str) -> int:
+    """A number with its unit, such as 8 GiB, in bytes."""
+    unit = text.lstrip("0123456789. ")
+    number = float(text.removesuffix(unit))
+    return int(number * {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}[unit])
 
 
 def torch_gpus() -> int:
@@ -548,19 +570,26 @@ def _resolve_unbounded_halo(asked: int | str, card: Card) -> tuple[int, list[str
 
 
 def _resolve_recipe(
-    config: CityConfig, card: Card, halo_px: int, layout: Layout, workers: Workers, stored_block_px: int | None
+    config: CityConfig,
+    card: Card,
+    halo_px: int,
+    layout: Layout,
+    workers: Workers,
+    stored_block_px: int | None,
+    crew: Crew | None,
 ) -> tuple[Recipe, int]:
     """The recipe, and the bytes that one predict task takes with it."""
     import torch
 
     from segpipe.models.field import peak_bytes_per_px
-    from segpipe.models.predictor import device_recipe, fast_bfloat16, resolve_device
+    from segpipe.models.predictor import device_recipe, is_fast_in_bfloat16, resolve_device
     from segpipe.models.weights import blank_network
 
-    device = resolve_device()
+    own = device_recipe(resolve_device())
+    device, version = (own["device"], own["torch"]) if crew is None else (crew.device, crew.torch)
     precision = config.predict.precision
     if precision == "auto":
-        precision = "bfloat16" if fast_bfloat16(device) else "float32"
+        precision = "bfloat16" if is_fast_in_bfloat16(device) else "float32"
     try:
         per_px = peak_bytes_per_px(blank_network(card), getattr(torch, precision), len(card.bands))
     except ValueError as error:
@@ -595,10 +624,7 @@ def _resolve_recipe(
             f" smaller `grid: {{block_px: …}}`,"
             f" fewer `cluster: {{workers: …}}`, or more memory"
         )
-    kind = device_recipe(device)
-    recipe = Recipe(
-        kind["device"], precision, "eager", workers.threads, kind["torch"], block_px, halo_px, config.predict.tta
-    )
+    recipe = Recipe(device, precision, "eager", workers.threads, version, block_px, halo_px, config.predict.tta)
     return recipe, task_bytes(block_px)
 
 

@@ -6,38 +6,30 @@ import itertools
 import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Collection
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
-from segpipe.tasks.errors import DamageError, RunError, TileError, UserError
-from segpipe.tasks.grid import Window
+from segpipe.tasks.errors import DamageError, RunError, UserError
 from segpipe.tasks.predict import INVALID
-from segpipe.tasks.read import read_window
 from segpipe.tasks.validity import scan_tile
 
 from . import manifest, publish, report
-from .cluster import Pool, open_pool
+from .cluster import Cluster, GpuUse, Pool
+from .cluster_kinds import open_cluster, open_pool
 from .config import CityConfig
 from .describe import describe, pixels_seen, seconds_of
 from .flow import Flow, run_joins
+from .imagery import imagery_of
 from .inputs import versions
 from .plan import Plan, ground_pixel_m, make_plan
 from .progress import Listener, watching
 from .publish import Published, read_in_area
-from .stages import (
-    Site,
-    cell_unit,
-    forget_damaged,
-    read_image,
-)
+from .stages import Site, forget_damaged
 from .store import OWN_FOLDERS, Store, locked, prepare_store, remove_leftovers, write_json
 
 SETTLED = "settled.json"
@@ -47,17 +39,19 @@ LOOKED_AT = 40
 """Tiles at most that a dry run reads."""
 
 
-def map_city(config: CityConfig, console: Console, scheduler: str | None = None, fresh: bool = False) -> Published:
+def map_city(config: CityConfig, console: Console, fresh: bool = False, performance: Path | None = None) -> Published:
     """Map a city, going on where an earlier run has stopped, or starting over if fresh.
 
     Raises UserError before any work where the plan cannot be run or somebody else is at work in the folder, and
-    RunError where a part failed: what is done is kept, and running again goes on from there.
+    RunError where a part failed: what is done is kept, and running again goes on from there. performance: the file of
+    Dask's own page on a run, if it is asked for.
     """
     state = manifest.state_of_inputs(config)
     output = config.path(config.output)
-    plan = make_plan(config, stored=None if fresh else read_settled(output))
-    make_output(output)
     with ExitStack() as stack:
+        cluster = stack.enter_context(open_cluster(config, lambda text: console.print(text, highlight=False)))
+        plan = make_plan(config, None if fresh else read_settled(output), None if cluster is None else cluster.crew)
+        make_output(output)
         plan = replace(plan, lock=stack.enter_context(locked(output)))
         if fresh:
             start_over(output)
@@ -67,7 +61,7 @@ def map_city(config: CityConfig, console: Console, scheduler: str | None = None,
         remove_leftovers(output)
         write_json(output / SETTLED, plan.settled())
         prepare_store(output, plan.layout)
-        published = run_plan(config, plan, listener, scheduler)
+        published = run_plan(config, plan, listener, cluster, performance)
         write_preview_and_report(config, plan, published)
         done = manifest.make_manifest(config, plan, state, published)
         # The manifest first: killed in between, what is published counts, and what is left over is dropped later.
@@ -98,6 +92,27 @@ def dry_run(config: CityConfig) -> list[tuple[str, str]]:
     return rows
 
 
+def check_cluster(config: CityConfig) -> list[tuple[str, str]]:
+    """What is checked before a run, and nothing else: labelled lines of the workers that were found fit.
+
+    UserError for whatever a run would not start with. What is written to see that it can be is taken away again.
+    """
+    output = config.path(config.output)
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
+    with open_cluster(config, lambda text: None) as cluster:
+        plan = make_plan(config, read_settled(output), None if cluster is None else cluster.crew)
+        make_output(output)
+        try:
+            with open_pool(plan, cluster) as pool:
+                lines = [("workers", line) for line in pool.staff()]
+        finally:
+            for folder in (output / "ledger" / "probe", output / "ledger", *made):
+                with suppress(OSError):
+                    folder.rmdir()  # only if it is empty
+    rows = [("kind", config.cluster.kind), ("recipe", f"{plan.recipe.device}, torch {plan.recipe.torch}"), *lines]
+    return [*rows, *(("note", note) for note in plan.notes)]
+
+
 def make_output(folder: Path) -> None:
     """Make the output folder. UserError where that is not possible."""
     try:
@@ -124,7 +139,9 @@ def start_over(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def run_plan(config: CityConfig, plan: Plan, listener: Listener, scheduler: str | None) -> Published:
+def run_plan(
+    config: CityConfig, plan: Plan, listener: Listener, cluster: Cluster | None, performance: Path | None
+) -> Published:
     """All stages of a plan: read, predict and vectorize block by block, join over seams, publish."""
     listener.expect("scan", len(plan.tiles_seen()))
     listener.expect("read", sum(1 for _ in plan.chunks()))
@@ -132,12 +149,15 @@ def run_plan(config: CityConfig, plan: Plan, listener: Listener, scheduler: str 
         listener.expect(stage, sum(1 for _ in plan.blocks()))
     for passes_left in (2, 1, 0):
         try:
-            with open_pool(plan, scheduler) as pool:
+            with open_pool(plan, cluster) as pool, pool.reporting(performance):
                 if pool.dashboard:
                     listener.say(f"{'dashboard':>10}  {pool.dashboard}")
                 with listener.showing():
                     skipped = carry_all(plan, pool, listener)
                     homes = run_joins(plan, pool, listener)
+                if (use := pool.gpu_use()) is not None:
+                    listener.say(told_of_gpus(use))
+                    plan = replace(plan, notes=(*plan.notes, told_of_gpus(use)))
             return publish.publish_all(config, plan, listener, homes, skipped)
         except DamageError as error:
             if not passes_left:
@@ -145,6 +165,12 @@ def run_plan(config: CityConfig, plan: Plan, listener: Listener, scheduler: str 
             listener.say(f"damaged: {error}")
             listener.say(f"{forget_damaged(Site(plan)) + 1} files are damaged or missing, and are made anew")
     raise AssertionError("the last pass returns or raises")
+
+
+def told_of_gpus(use: GpuUse) -> str:
+    """How long GPUs were held, and how much of that for nothing."""
+    idle_s = max(0.0, use.held_s - use.busy_s)
+    return f"GPUs: {use.held_s:.0f} s held, of these {idle_s:.0f} s idle"
 
 
 def carry_all(plan: Plan, pool: Pool, listener: Listener) -> dict[int, str]:
@@ -201,7 +227,7 @@ def write_preview_and_report(config: CityConfig, plan: Plan, published: Publishe
     preview = folder / "preview.png"
     report.write_preview(
         preview,
-        lambda window: _image(site, window, published.skipped.keys()),
+        lambda window: imagery_of(site, window, published.skipped.keys()),
         lambda window: read_in_area(site, window) != INVALID,
         plan.bounds,
         plan.lattice,
@@ -240,20 +266,6 @@ def write_preview_and_report(config: CityConfig, plan: Plan, published: Publishe
         changes=tuple(published.changes.items()),
     )
     report.write_report(folder / "report.html", page, preview)
-
-
-def _image(site: Site, window: Window, skipped: Collection[str]) -> NDArray[np.uint8]:
-    """The imagery of a window: from the store, or, where that was not kept, from the tiles that can be read."""
-    plan = site.plan
-    chunks = plan.chunks_in(window)
-    if all(site.ledger.entry("read", cell_unit(*chunk)) is not None for chunk in chunks):
-        return read_image(site, window)
-    tiles = [plan.tiles[tile] for tile in plan.tiles_in(window) if plan.tiles[tile].path not in skipped]
-    blank = np.zeros((plan.layout.bands, *window.shape_yx), np.uint8)
-    try:
-        return read_window(tiles, window, lambda tile, part: None)[0] if tiles else blank
-    except TileError:
-        return blank  # a picture is no reason to fail: what is published was made before
 
 
 def drop_store(folder: Path, keep: Literal["all", "probability", "none"]) -> None:
