@@ -172,7 +172,7 @@ def test_the_layer_is_there_and_empty_when_nothing_was_published_before(city: Ci
 def test_a_replaced_an_added_and_a_removed_tile(
     make_city: MakeCity, in_process: type, cell_px: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(run, "ORDER_CELL_PX", cell_px)
+    monkeypatch.setattr(publish, "ORDER_CELL_PX", cell_px)
     city = make_city(1, 3, **SMALL)
     folder, tiles = tmp_path / "run", tmp_path / "tiles"
     map_it(city.config)

@@ -32,7 +32,7 @@ from conftest import (
     write_tile,
 )
 
-from segpipe.pipeline import flow, run, stages
+from segpipe.pipeline import flow, publish, run, stages
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.manifest import nothing_changed
 from segpipe.pipeline.plan import make_plan
@@ -158,7 +158,7 @@ def test_of_a_sparse_city_only_what_lies_under_tiles_exists(
     make_city: MakeCity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Cells of the order of publishing that hold no block at all come in between.
-    monkeypatch.setattr(run, "ORDER_CELL_PX", 256)
+    monkeypatch.setattr(publish, "ORDER_CELL_PX", 256)
     city = make_city(1, 1, **SMALL)
     write_tile(tmp_path / "tiles" / "tile2.tif", draw_blobs(TILE, TILE, 1), ORIGIN[0] + 900, ORIGIN[1] + 1300)
     map_it(city.config)
