@@ -258,9 +258,9 @@ def _look(eye: _Eye, cell: Cell, verdicts: judge.Verdicts, sums: _Sums) -> None:
     for index in window.cells(SQUARE_PX):
         part = Window.cell(*index, SQUARE_PX).intersect(window)
         sums.squares_rows[index] += row_of_codes(histogram(code_HW[part.within(window)]))
-    for index in eye.pictures_in(window):
-        part = eye.run.pictures[index].window.intersect(window)
-        sums.pictures_rows[index] += row_of_codes(histogram(code_HW[part.within(window)]))
+    for picture in eye.pictures_in(window):
+        part = eye.run.pictures[picture].window.intersect(window)
+        sums.pictures_rows[picture] += row_of_codes(histogram(code_HW[part.within(window)]))
     rows, cols = (
         eye.on_seam[axis][it] for axis, it in zip(("row", "col"), window.within(eye.cells.extent), strict=True)
     )
@@ -372,8 +372,8 @@ def _city(run: Run, truth_path: Path, truth: Truth, sums: _Sums, eye: _Eye, note
     told = sums.squares_rows[..., [*range(4), *range(8, 11)]].any(axis=-1)
     row, col = np.nonzero(told)
     height, width = eye.mask.shape
-    middle = [np.minimum(it * SQUARE_PX + SQUARE_PX / 2, size - 0.5) for it, size in ((col, width), (row, height))]
-    picture = eye.picture_at(*middle)
+    middles = (np.minimum(it * SQUARE_PX + SQUARE_PX // 2, size - 1) for it, size in ((col, width), (row, height)))
+    picture = eye.picture_at(*(it.astype(np.float64) + 0.5 for it in middles))
     groups = np.array([None if one < 0 else run.pictures[one].group for one in picture.tolist()], np.object_)
     sizes = sum(it.window.pixels for it in run.pictures)
     if sizes > eye.cells.extent.pixels:

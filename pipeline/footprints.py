@@ -45,8 +45,9 @@ class Footprints:
 
     def take(self, chosen: NDArray[np.bool_]) -> Footprints:
         """Those that a mask chooses."""
-        columns = (self.number, self.is_home, self.id, self.confidence, self.geometry)
-        return Footprints(*(column[chosen] for column in columns))
+        return Footprints(
+            self.number[chosen], self.is_home[chosen], self.id[chosen], self.confidence[chosen], self.geometry[chosen]
+        )
 
 
 class Cells:

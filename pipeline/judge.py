@@ -115,7 +115,8 @@ def _within(geometry: Geometries, window: Window) -> NDArray[np.bool_]:
     """True for footprints that lie in no other cell, nor over the edge of this one."""
     xmin, ymin, xmax, ymax = shapely.bounds(geometry).T
     inside: NDArray[np.bool_] = (xmin > window.col_off) & (ymin > window.row_off)
-    return inside & (xmax < window.col_stop) & (ymax < window.row_stop)
+    inside &= (xmax < window.col_stop) & (ymax < window.row_stop)
+    return inside
 
 
 def _area_outside(geometry: Geometries, extent: Window) -> NDArray[np.float64]:

@@ -30,7 +30,7 @@ from rasterio.warp import transform_bounds
 from rasterio.windows import Window as RasterWindow
 
 from segpipe.tasks.errors import UserError
-from segpipe.tasks.grid import Lattice, Window
+from segpipe.tasks.grid import Lattice, Window, apply
 from segpipe.tasks.outlines import Geometries
 from segpipe.tasks.seams import collect, join, plan_joins
 from segpipe.tasks.vectorize import (
@@ -49,6 +49,7 @@ from .inputs import natural
 
 BATCH_ROWS = 1024
 LATTICE_TOLERANCE_PX = 1e-3
+WARP_TOLERANCE_PX = 0.01
 OPEN_RASTERS = 8
 IDS = ("building_id", "id", "osm_id")
 """Columns that are taken for the truth's own ids, the first that there is; else its feature numbers."""
@@ -183,10 +184,12 @@ def _open_raster(path: Path, mask: Any, stack: ExitStack) -> Callable[[Window], 
     dataset = stack.enter_context(rasterio.open(path))
     band, offset = _truth_band(path, dataset), _offset(dataset, mask)
     if offset is None:
-        # Without a tolerance a pixel does not depend on the window that it is read in.
         how = {"crs": mask.crs, "transform": mask.transform, "width": mask.width, "height": mask.height}
+        has_alpha = ColorInterp.alpha in dataset.colorinterp
         dataset = stack.enter_context(
-            WarpedVRT(dataset, resampling=Resampling.nearest, add_alpha=True, tolerance=0, **how)
+            WarpedVRT(
+                dataset, resampling=Resampling.nearest, add_alpha=not has_alpha, tolerance=WARP_TOLERANCE_PX, **how
+            )
         )
         offset = (0, 0)
     row_off, col_off = offset
@@ -365,8 +368,12 @@ def _to_pixels(path: Path, src: CRS, mask: Any) -> Callable[[Geometries], Geomet
         raise UserError(f"{path}: cannot be reprojected from {src.name} to {dst.name} ({error})") from error
 
     def forward(xy: NDArray[np.float64]) -> NDArray[np.float64]:
-        x, y = xy.T if transformer is None else transformer.transform(xy[:, 0], xy[:, 1])
-        return np.column_stack([back.a * x + back.b * y + back.c, back.d * x + back.e * y + back.f])
+        moved = np.array(xy.T if transformer is None else transformer.transform(xy[:, 0], xy[:, 1]))
+        lost = ~np.isfinite(moved).all(axis=0)
+        moved[:, lost] = 0
+        pixels = np.column_stack(apply(back, *moved))
+        pixels[lost] = np.inf  # not NaN: a ring of these would not be closed
+        return pixels
 
     def to_pixels(geometry: Geometries) -> Geometries:
         moved: Geometries = np.asarray(shapely.transform(geometry, forward), np.object_)

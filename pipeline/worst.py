@@ -124,7 +124,8 @@ def _draw(picture: Image.Image, layer: Path, window: Window, transform: Affine) 
     pen = ImageDraw.Draw(drawn)
     back = ~(transform @ Affine.translation(window.col_off, window.row_off))
     for verdict in (HIT, APART, FALSE_ALARM, MISS):
-        for ring in shapely.get_rings(frame.geometry[frame.verdict == verdict].to_numpy()):
+        polygons = shapely.get_parts(frame.geometry[frame.verdict == verdict].to_numpy())
+        for ring in shapely.get_rings(polygons):
             xy = shapely.get_coordinates(ring)
             points = [tuple(ZOOM * value for value in back @ (x, y)) for x, y in xy.tolist()]
             pen.line(points, fill=COLOURS[verdict], width=3, joint="curve")

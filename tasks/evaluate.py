@@ -170,8 +170,8 @@ def near(mask_HW: NDArray[np.bool_], px: int) -> NDArray[np.bool_]:
     for _ in ("down", "across"):
         reach = 0
         while reach < px:
-            # Two copies of what reaches r, moved by 2 r + 1 at most, leave no gap.
-            step = min(2 * reach + 1, px - reach)
+            # A copy of what reaches r, moved by r + 1 at most, leaves no gap, at the edge of the array neither.
+            step = min(reach + 1, px - reach)
             wider_HW = mask_HW.copy()
             wider_HW[step:] |= mask_HW[:-step]
             wider_HW[:-step] |= mask_HW[step:]
