@@ -15,7 +15,7 @@ from conftest import ORIGIN, City, draw_blobs, map_it, outputs, write_tile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segpipe.pipeline import changes, publish, run
+from segpipe.pipeline import changes, publish
 from segpipe.pipeline.changes import compare
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.manifest import nothing_changed
