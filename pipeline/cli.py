@@ -166,8 +166,9 @@ def run(
         config = load_city(city, overrides)
         config = config if scheduler is None else with_scheduler(config, scheduler)
         if not (dry_run or fresh) and (manifest := nothing_changed(config)) is not None:
-            folder = config.path(config.output)
-            click.echo(f"nothing has changed since {manifest['finished']}: nothing to do, the results are in {folder}")
+            click.echo(
+                f"nothing has changed since {manifest['finished']}: nothing to do, the results are in {config.folder}"
+            )
             return
         from .allocator import spare_memory
 
@@ -186,9 +187,21 @@ def run(
             published = map_city(config, console, fresh, performance_report)
         show_summary(console, published.stages)
         click.echo(
-            f"{published.buildings} buildings, {published.buildings_m2 / 1e4:.2f} ha, in {published.geopackage};"
-            f" report: {config.path(config.output) / 'report.html'}"
+            f"{published.buildings} buildings, {published.buildings_m2 / 1e4:.2f} ha, in"
+            f" {config.folder.file(published.geopackage.name)}; report: {config.folder.file('report.html')}"
         )
+
+
+@main.command()
+@click.argument("run", metavar="RUN")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def status(run: str, debug: bool) -> None:
+    """How far a RUN is: a run folder, its s3:// URL, or the city.yaml of it. Asks its store alone."""
+    with _told(debug):
+        from .status import status_of
+
+        for label, text in status_of(run):
+            click.echo(f"{label:>10}  {text}")
 
 
 @main.command()

@@ -18,7 +18,7 @@ from segpipe.tasks.errors import SegpipeError, UserError
 
 from .devices import take_own_device
 from .plan import Crew, allowance
-from .stages import Site
+from .stages import Site, model_file
 
 ANSWER_S = 15.0
 """Within this time whatever is wrong before work is told."""
@@ -187,9 +187,9 @@ def unfit_because(site: Site, versions: Mapping[str, str]) -> str:
         if found != versions[package]:
             return f"it has {package} {found}; expected {versions[package]}, as the driver"
     looks = {
-        f"the weights {site.plan.model}": _weights_are_the_same,
+        f"the weights {site.plan.model_url or site.plan.model}": _weights_are_the_same,
         f"the tile {site.plan.tiles[0].path}": _tile_can_be_read,
-        f"the output {site.plan.output}": _store_can_be_written,
+        f"the output {site.folder}": _store_can_be_written,
     }
     for what, look in looks.items():
         if reason := _within(LOOK_S / len(looks), look, site):
@@ -216,7 +216,7 @@ def _within(seconds: float, look: Callable[[Site], str], site: Site) -> str:
 def _weights_are_the_same(site: Site) -> str:
     from segpipe.models.weights import file_digest
 
-    found = file_digest(site.plan.model)
+    found = file_digest(model_file(site.plan))
     return "" if found == site.plan.model_digest else f"another file than the driver's, with digest {found}"
 
 
@@ -228,12 +228,12 @@ def _tile_can_be_read(site: Site) -> str:
 
 
 def _store_can_be_written(site: Site) -> str:
-    from .store import lock_token
+    from .lock import lock_token
 
     unit = f"{socket.gethostname()}-{threading.get_native_id()}"
     site.ledger.record("probe", unit, "")
     site.ledger.forget("probe", unit)
-    if site.plan.lock and lock_token(site.plan.output) != site.plan.lock:
+    if site.plan.lock and lock_token(site.folder) != site.plan.lock:
         return "not the folder that the driver writes to; expected one that all machines share"
     return ""
 

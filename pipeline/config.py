@@ -6,6 +6,7 @@ import copy
 import difflib
 import json
 import os
+import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,8 +28,11 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from segpipe.tasks.bucket import Storage
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.files import is_remote
+
+from .storage import Folder, folder_at
 
 
 def _as_tuple(value: object) -> object:
@@ -48,6 +52,12 @@ def _check_path(text: str) -> str:
         raise ValueError("names a home folder that is not there") from None
     except UnicodeEncodeError:
         raise ValueError("holds characters that no file name can have") from None
+    return text
+
+
+def _check_output(text: str) -> str:
+    if "://" in text and not re.fullmatch(r"s3://[\w.-]+(/[^/]+)+/?", text):
+        raise ValueError("is no folder in a bucket")
     return text
 
 
@@ -228,6 +238,16 @@ class StoreConfig(_Section):
     keep: Literal["all", "probability", "none"] = Field("all", description="all, probability or none")
 
 
+class StorageConfig(_Section):
+    """Where buckets are, where that is not Amazon. Keys are never here: the environment or the cloud has them."""
+
+    endpoint: Annotated[str, Field(pattern=r"^https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d{1,5})?/?$")] | None = Field(
+        None, description="null, or the address of an S3 server such as https://minio.example.org:9000"
+    )
+    region: Annotated[str, Field(pattern=r"^[\w-]+$")] | None = Field(None, description="null, or a region's name")
+    anonymous: bool = Field(False, description="true (requests go unsigned, for public buckets) or false")
+
+
 class PublishConfig(_Section):
     """What is published besides footprints and rasters of the whole city."""
 
@@ -269,8 +289,12 @@ class CityConfig(_Job):
         description="a glob such as tiles/*.tif, a folder, a VRT, a URL, STAC in JSON, or a list of these"
     )
     asset: Text | None = Field(None, description="null, or the name of an asset of STAC items such as visual")
-    model: PathText = Field(description="the file of a model bundle, or the name of one in the package")
-    output: PathText = Field(description="a folder such as runs/vienna")
+    model: PathText = Field(
+        description="the file of a model bundle, one in a bucket, or the name of one in the package"
+    )
+    output: Annotated[PathText, AfterValidator(_check_output)] = Field(
+        description="a folder such as runs/vienna, or one in a bucket such as s3://bucket/vienna"
+    )
     module: Text | None = Field(None, description="null, or package.module:name of your own network, which is then run")
     bands: BandNames = (1, 2, 3)
     scale: Limits | Auto | None = Field(None, description="null, auto, or two sample values such as [0, 2047]")
@@ -285,6 +309,18 @@ class CityConfig(_Job):
     cluster: ClusterConfig = Field(LocalConfig(), description="keys and values such as {workers: 2}")
     publish: PublishConfig = Field(PublishConfig(), description="keys and values such as {tile_masks: true}")
     store: StoreConfig = Field(StoreConfig(), description="keys and values such as {keep: all}")
+    storage: StorageConfig = Field(StorageConfig(), description="keys and values such as {region: eu-central-1}")
+
+    @property
+    def folder(self) -> Folder:
+        """`output`: the run folder."""
+        return folder_at(self.output if is_remote(self.output) else self.path(self.output))
+
+    def find_buckets(self) -> Storage:
+        """Let this process find buckets where `storage` says, and return that, for other processes to do the same."""
+        found = Storage(**self.storage.model_dump())
+        found.use()
+        return found
 
     def _absolute_paths(self) -> dict[str, Any]:
         # A name that is no file is that of a bundle in the package.
@@ -292,7 +328,7 @@ class CityConfig(_Job):
         return {
             "images": self._absolute(self.images),
             "model": str(model) if model.is_file() else self.model,
-            "output": str(self.path(self.output)),
+            "output": str(self.folder),
             "cluster": self._absolute_cluster(),
             "grid": self.grid.model_dump(mode="json")
             | ({"area": str(self.area)} if isinstance(self.area, Path) else {}),

@@ -7,10 +7,10 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -18,13 +18,17 @@ import psutil
 import shapely
 from affine import Affine
 
+from segpipe.models.initialise import cache_folder
 from segpipe.models.weights import BundleError, Card, check_module, file_digest, read_card, resolve_bundle
-from segpipe.tasks.errors import UserError
+from segpipe.tasks.bucket import BucketFolder, Storage
+from segpipe.tasks.errors import TileError, UserError
+from segpipe.tasks.files import is_remote
 from segpipe.tasks.grid import Lattice, Window
 from segpipe.tasks.grid import ground_pixel_m as pixel_m_of_raster
 from segpipe.tasks.mosaic import Mosaic
 from segpipe.tasks.predict import reach
 from segpipe.tasks.read import Tile, TileHeader, read_header, resolve_bands
+from segpipe.tasks.remote import look_up, pieces
 from segpipe.tasks.scale import Scale, percentile_scale, sample_values
 from segpipe.tasks.validity import min_pixels, resolve_speckle_tolerance, resolve_tolerance
 from segpipe.tasks.vectorize import VectorSettings
@@ -34,6 +38,7 @@ from .district import District, resolve_area
 from .inputs import ASKED_AT_ONCE, find_images
 from .manifest import check_folder_is_ours
 from .place import Placed, check_scattered, ground_m, place_tiles, settled_mosaics, tile_crs
+from .storage import Folder, LocalFolder, desk_of
 from .store import Layout
 from .tile_masks import file_names
 
@@ -87,7 +92,9 @@ class Plan:
     """Everything that a run is going to do, decided. Workers get it whole; it holds no pixels and no network."""
 
     name: str
+    folder: Folder
     output: Path
+    """Where published files are written: the folder itself, or one of the driver's from which they are uploaded."""
     tiles: tuple[Tile, ...]
     layout: Layout
     bounds: Window
@@ -106,6 +113,9 @@ class Plan:
     """The part that is asked for; None: all that the tiles cover."""
     lock: str = ""
     """Token of the lock under which tasks may write; an empty text: nobody asks."""
+    model_url: str | None = None
+    """Where the bundle is, if that is in a bucket: `model` is then the driver's copy."""
+    storage: Storage = field(default_factory=Storage)
 
     def settled(self) -> dict[str, Any]:
         """What this run has settled for all later ones in its folder."""
@@ -268,8 +278,9 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None, crew: Cr
     Raises UserError, with what was found, what was expected and the cure, for anything that cannot be run.
     """
     stored = stored or {}
-    output = check_output(config.path(config.output))
-    check_folder_is_ours(output, config.file)
+    folder, storage = check_folder(config.folder), config.find_buckets()
+    output = desk_of(folder)
+    check_folder_is_ours(folder, config.file)
     model = find_model(config.model, config.file.parent)
     card = _card(model, config.module)
     headers, left_out = read_headers(find_images(config.images, config), skip=config.on_tile_error == "skip")
@@ -297,10 +308,11 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None, crew: Cr
     area = resolve_area(config.area, lattice, [tile.cover for tile in tiles])
     notes += [] if crew is None else crew.notes
     recipe, task_bytes = _resolve_recipe(config, card, halo_px, layout, workers, stored.get("block_px"), crew)
-    _check_disk(output, tiles, len(config.bands), _seen(layout.grid, area, recipe, card.stride))
+    _check_disk(folder, tiles, len(config.bands), _seen(layout.grid, area, recipe, card.stride))
     threshold = config.vectorize.threshold if config.vectorize.threshold is not None else card.threshold
     return Plan(
         name=config.name,
+        folder=folder,
         output=output,
         tiles=tiles,
         layout=layout,
@@ -322,6 +334,8 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None, crew: Cr
         left_out=left_out,
         notes=tuple(notes),
         area=area,
+        model_url=config.model if is_remote(config.model) else None,
+        storage=storage,
     )
 
 
@@ -357,6 +371,15 @@ def _whole_header(path: str) -> TileHeader | UserError:
     return header
 
 
+def check_folder(folder: Folder) -> Folder:
+    """The run folder, if it can be written or made, or its bucket answers. UserError otherwise."""
+    if isinstance(folder, BucketFolder):
+        folder.check("output")
+    else:
+        check_output(folder.path)
+    return folder
+
+
 def check_output(path: Path) -> Path:
     """The output folder, if it exists and can be written or can be made."""
     nearest = next(p for p in (path, *path.parents) if p.exists())
@@ -368,11 +391,27 @@ def check_output(path: Path) -> Path:
 
 
 def find_model(name: str, base: Path) -> Path:
-    """The file of a model bundle: a path relative to base, or the name of a bundle in the package."""
+    """The file of a bundle: a path relative to base, the name of one in the package, or a copy of one in a bucket."""
     try:
-        return resolve_bundle(name, base)
-    except BundleError as error:
+        return copied_bundle(name) if is_remote(name) else resolve_bundle(name, base)
+    except (BundleError, TileError) as error:
         raise UserError(f"model: {error}") from None
+
+
+def copied_bundle(url: str) -> Path:
+    """The file of a bundle in a bucket, copied into the cache of this machine if it is not there yet.
+
+    TileError if it cannot be had.
+    """
+    found = look_up(url)
+    version = blake2b(f"{url}\n{found.size}\n{found.etag}\n{found.modified}".encode(), digest_size=8).hexdigest()
+    copy = cache_folder() / "bundles" / version / PurePosixPath(url).name
+    if not copy.is_file():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with LocalFolder(copy.parent).writing(copy.name) as file:
+            for piece in pieces(url):
+                file.write(piece)
+    return copy
 
 
 def _card(model: Path, allowed_module: str | None) -> Card:
@@ -628,8 +667,10 @@ def _resolve_recipe(
     return recipe, task_bytes(block_px)
 
 
-def _check_disk(output: Path, tiles: Sequence[Tile], bands: int, seen: Window) -> None:
-    needed = disk_bytes(tiles, bands, seen)
+def _check_disk(folder: Folder, tiles: Sequence[Tile], bands: int, seen: Window) -> None:
+    if isinstance(folder, BucketFolder):
+        return
+    needed, output = disk_bytes(tiles, bands, seen), folder.path
     nearest = next(p for p in (output, *output.parents) if p.exists())
     have = shutil.disk_usage(nearest).free
     kept = sum(p.stat().st_size for p in (output / "store.zarr").rglob("*") if p.is_file())

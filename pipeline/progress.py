@@ -54,7 +54,7 @@ class Listener:
     def __init__(self, console: Console, records: TextIO) -> None:
         self._console = console
         self._records = records
-        self._totals: dict[str, int] = {}
+        self.totals: dict[str, int] = {}
         self._bars: dict[str, TaskID] = {}
         self._logged = time.monotonic()
         self.stages: dict[str, StageSums] = {}
@@ -75,7 +75,7 @@ class Listener:
 
     def expect(self, stage: str, units: int) -> None:
         """A stage will have so many units in all."""
-        self._totals[stage] = units
+        self.totals[stage] = units
         self.stages.setdefault(stage, StageSums())
         if stage in self._bars:
             self._progress.update(self._bars[stage], total=units)
@@ -125,13 +125,13 @@ class Listener:
             self._console.print(line, highlight=False, soft_wrap=True)
         stages = {
             stage: {"total": total, **asdict(self.stages[stage]), "wall_s": self.stages[stage].wall_s}
-            for stage, total in self._totals.items()
+            for stage, total in self.totals.items()
         }
         tell(line, event="progress", stages=stages)
 
     def _line(self) -> str:
         parts = []
-        for stage, total in self._totals.items():
+        for stage, total in self.totals.items():
             sums = self.stages[stage]
             ended = sums.units + sums.reused + sums.failed
             speed = f" {sums.mpx_per_s:.2f} Mpx/s" if sums.mpx_per_s else ""
@@ -145,7 +145,7 @@ class Listener:
         """Show bars while the block runs."""
         with self._progress:
             yield
-        if self._totals:
+        if self.totals:
             self._say_line()
 
 

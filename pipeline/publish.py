@@ -29,7 +29,7 @@ from .progress import Listener, StageSums
 from .rasters import write_cog
 from .rows import BATCH_ROWS
 from .stages import Receipt, Site, cell_unit, read_fragment, read_joined, read_probability, tile_unit
-from .store import write_bytes
+from .storage import write_bytes
 from .tile_masks import write_tile_masks
 
 ORDER_CELL_PX = 4096
@@ -64,7 +64,7 @@ def publish_all(
     """Write GeoPackage, rasters, preview and report beside, check them, and rename them into place."""
     start = time.perf_counter()
     listener.expect("publish", 1)
-    manifest.revoke(plan.output)
+    manifest.revoke(plan.folder)
     write_bytes(plan.output / "city.yaml", config.resolved_yaml().encode())
     site, folder = Site(plan), plan.output
     threshold_u8 = plan.vector.threshold_u8
@@ -99,7 +99,7 @@ def publish_all(
     tile_masks = write_tile_masks(folder, folder / "mask.tif", asked_for, plan.lattice)
     notes = list(plan.notes)
     left: list[str] = []
-    known = manifest.revoke(folder, written.digest)
+    known = manifest.revoke(plan.folder, written.digest)
     changed = write_changes(plan, geopackage, written.digest, known, listener)
     placed = place_geopackage(
         geopackage,
@@ -108,7 +108,7 @@ def publish_all(
         lambda path, why: left.append(f"{path.name} {why}, and is left alone"),
     )
     if left:
-        notes.append(f"{'; '.join(left)}; the new one is {placed}")
+        notes.append(f"{'; '.join(left)}; the new one is {plan.folder.file(placed.name)}")
         listener.say(notes[-1])
     if oversized := sum(_joined_at(site, home).get("oversized", 0) for home in homes):
         notes.append(
@@ -148,7 +148,7 @@ def write_changes(
     a kill or because a picture was missing, keep the changes that they came with. Nothing is told where nothing was
     published before, or on another lattice: ids are places on it.
     """
-    name, lattice = manifest.last_published(plan.output)
+    name, lattice = manifest.last_published(plan.folder)
     last = find_published(plan.output, known, name)
     if last is not None and last[1] == digest:
         rows = read_rows(last[0], CHANGES_LAYER, changes.SCHEMA)

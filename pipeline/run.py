@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections import Counter, defaultdict
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
@@ -23,14 +22,19 @@ from .cluster import Cluster, GpuUse, Pool
 from .cluster_kinds import open_cluster, open_pool
 from .config import CityConfig
 from .describe import describe, pixels_seen, seconds_of
+from .desk import RECORDS, desk, fetch, show
 from .flow import Flow, run_joins
 from .imagery import imagery_of
 from .inputs import versions
+from .ledger import as_json
+from .lock import locked
 from .plan import Plan, ground_pixel_m, make_plan
 from .progress import Listener, watching
 from .publish import Published, read_in_area
 from .stages import Site, forget_damaged
-from .store import OWN_FOLDERS, Store, locked, prepare_store, remove_leftovers, write_json
+from .status import following
+from .storage import OWN_FOLDERS, Folder, LocalFolder, folder_at, remove_leftovers
+from .store import Store, prepare_store
 
 SETTLED = "settled.json"
 MOST_PASSES = 4
@@ -47,26 +51,29 @@ def map_city(config: CityConfig, console: Console, fresh: bool = False, performa
     Dask's own page on a run, if it is asked for.
     """
     state = manifest.state_of_inputs(config)
-    output = config.path(config.output)
+    folder = config.folder
     with ExitStack() as stack:
         cluster = stack.enter_context(open_cluster(config, lambda text: console.print(text, highlight=False)))
-        plan = make_plan(config, None if fresh else read_settled(output), None if cluster is None else cluster.crew)
-        make_output(output)
-        plan = replace(plan, lock=stack.enter_context(locked(output)))
+        plan = make_plan(config, None if fresh else read_settled(folder), None if cluster is None else cluster.crew)
+        make_output(folder)
+        plan = replace(plan, lock=stack.enter_context(locked(folder)))
         if fresh:
-            start_over(output)
-        listener = stack.enter_context(watching(output, console))
+            start_over(folder)
+        stack.enter_context(desk(folder))
+        listener = stack.enter_context(watching(plan.output, console))
+        stack.enter_context(following(plan, listener))
         for label, text in describe(plan):
             listener.say(f"{label:>10}  {text}")
-        remove_leftovers(output)
-        write_json(output / SETTLED, plan.settled())
-        prepare_store(output, plan.layout)
+        remove_leftovers(folder)
+        folder.write(SETTLED, as_json(plan.settled()))
+        prepare_store(folder, plan.layout)
         published = run_plan(config, plan, listener, cluster, performance)
         write_preview_and_report(config, plan, published)
         done = manifest.make_manifest(config, plan, state, published)
+        show(plan, done["outputs"])
         # The manifest first: killed in between, what is published counts, and what is left over is dropped later.
-        manifest.write_manifest(output, done)
-        drop_store(output, config.store.keep)
+        manifest.write_manifest(folder, done)
+        drop_store(folder, config.store.keep)
     return published
 
 
@@ -75,7 +82,8 @@ def dry_run(config: CityConfig) -> list[tuple[str, str]]:
 
     Writes nothing. Of many tiles only some are looked at for validity, evenly spread over the list.
     """
-    plan = make_plan(config, stored=read_settled(config.path(config.output)))
+    config.find_buckets()
+    plan = make_plan(config, stored=read_settled(config.folder))
     rows = describe(plan)
     seen = plan.tiles_seen()
     step = -(-len(seen) // LOOKED_AT)
@@ -97,8 +105,9 @@ def check_cluster(config: CityConfig) -> list[tuple[str, str]]:
 
     UserError for whatever a run would not start with. What is written to see that it can be is taken away again.
     """
-    output = config.path(config.output)
-    made = [folder for folder in (output, *output.parents) if not folder.exists()]
+    config.find_buckets()
+    output = config.folder
+    made = _missing_folders(output)
     with open_cluster(config, lambda text: None) as cluster:
         plan = make_plan(config, read_settled(output), None if cluster is None else cluster.crew)
         make_output(output)
@@ -106,37 +115,46 @@ def check_cluster(config: CityConfig) -> list[tuple[str, str]]:
             with open_pool(plan, cluster) as pool:
                 lines = [("workers", line) for line in pool.staff()]
         finally:
-            for folder in (output / "ledger" / "probe", output / "ledger", *made):
+            for folder in made:
                 with suppress(OSError):
                     folder.rmdir()  # only if it is empty
     rows = [("kind", config.cluster.kind), ("recipe", f"{plan.recipe.device}, torch {plan.recipe.torch}"), *lines]
     return [*rows, *(("note", note) for note in plan.notes)]
 
 
-def make_output(folder: Path) -> None:
+def _missing_folders(output: Folder) -> list[Path]:
+    """Folders of this machine that a look at the output would leave behind, the innermost first."""
+    if not isinstance(output, LocalFolder):
+        return []
+    path = output.path
+    return [path / "ledger" / "probe", path / "ledger", *(it for it in (path, *path.parents) if not it.exists())]
+
+
+def make_output(folder: Folder) -> None:
     """Make the output folder. UserError where that is not possible."""
+    if not isinstance(folder, LocalFolder):
+        return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output: {folder} cannot be made: {error.strerror}; expected a folder to write to") from None
 
 
-def read_settled(folder: Path) -> dict[str, Any] | None:
+def read_settled(folder: Folder | Path) -> dict[str, Any] | None:
     """What the first run in a folder has settled for all later ones: the lattice's phase and the block size."""
     try:
-        settled: dict[str, Any] = json.loads((folder / SETTLED).read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        settled: dict[str, Any] = json.loads(folder_at(folder).read(SETTLED) or b"")
+    except ValueError:
         return None
     return settled
 
 
-def start_over(folder: Path) -> None:
+def start_over(folder: Folder) -> None:
     """Delete what earlier runs have kept. Published files stay until new ones take their place."""
     manifest.revoke(folder)
-    for name in (SETTLED, "tasks.jsonl"):
-        (folder / name).unlink(missing_ok=True)
+    folder.remove(SETTLED, RECORDS)
     for name in OWN_FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
+        folder.remove_all(name)
 
 
 def run_plan(
@@ -158,6 +176,7 @@ def run_plan(
                 if (use := pool.gpu_use()) is not None:
                     listener.say(told_of_gpus(use))
                     plan = replace(plan, notes=(*plan.notes, told_of_gpus(use)))
+            fetch(plan)
             return publish.publish_all(config, plan, listener, homes, skipped)
         except DamageError as error:
             if not passes_left:
@@ -268,15 +287,14 @@ def write_preview_and_report(config: CityConfig, plan: Plan, published: Publishe
     report.write_report(folder / "report.html", page, preview)
 
 
-def drop_store(folder: Path, keep: Literal["all", "probability", "none"]) -> None:
+def drop_store(folder: Folder, keep: Literal["all", "probability", "none"]) -> None:
     """Delete what `store.keep` does not keep, with its entries in the ledger."""
     if keep == "probability":
         # The ledger first: killed in between, it must not name what is gone.
-        shutil.rmtree(folder / "ledger" / "read", ignore_errors=True)
-        if (folder / "store.zarr" / "image").exists() or (folder / "store.zarr" / "valid").exists():
-            store = Store(folder)
-            for array in ("image", "valid"):
-                store.drop(array)
+        folder.remove_all("ledger/read")
+        store = Store(folder)
+        for array in ("image", "valid"):
+            store.drop(array)
     elif keep == "none":
         for name in OWN_FOLDERS:
-            shutil.rmtree(folder / name, ignore_errors=True)
+            folder.remove_all(name)

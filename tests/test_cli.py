@@ -17,7 +17,7 @@ from segpipe.models.networks import NETWORKS
 from segpipe.pipeline import cli, evaluate, rasters, run, stages
 from segpipe.pipeline import plan as plan_module
 from segpipe.pipeline.cli import main
-from segpipe.pipeline.store import locked
+from segpipe.pipeline.lock import locked
 from segpipe.tasks.errors import TileError
 
 MakeCity = Callable[..., City]
@@ -211,7 +211,7 @@ def test_only_a_command_that_keeps_something_says_how_to_go_on(
     def broken(*_: Any) -> None:
         raise cause
 
-    monkeypatch.setattr(evaluate, "evaluate_run", broken)
+    monkeypatch.setattr(evaluate, "evaluate_to", broken)
     found = segpipe("evaluate", ".", "--truth", "x.tif")
     assert found.exit_code == 1
     assert "kept" not in one_line(found)

@@ -12,8 +12,8 @@ from conftest import ORIGIN, City, FakePredictor, map_it, outputs, raster, stage
 
 from segpipe.pipeline import run, stages
 from segpipe.pipeline.config import load_city
+from segpipe.pipeline.ledger import Ledger
 from segpipe.pipeline.plan import Plan, make_plan
-from segpipe.pipeline.store import Ledger
 from segpipe.tasks.errors import RunError, TileError
 
 MakeCity = Callable[..., City]

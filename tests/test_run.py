@@ -34,9 +34,10 @@ from conftest import (
 
 from segpipe.pipeline import flow, publish, run, stages
 from segpipe.pipeline.config import load_city
+from segpipe.pipeline.ledger import Ledger
 from segpipe.pipeline.manifest import nothing_changed
 from segpipe.pipeline.plan import make_plan
-from segpipe.pipeline.store import Ledger, Store
+from segpipe.pipeline.store import Store
 from segpipe.tasks.errors import RunError, TileError, UserError
 from segpipe.tasks.grid import Window
 
