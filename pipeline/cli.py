@@ -248,6 +248,18 @@ def evaluate(
 
 
 @main.command()
+@click.argument("run", type=FOLDER)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def verify(run: Path, debug: bool) -> None:
+    """Prove the outputs of a RUN from themselves and its manifest; exit code 1 with the first difference."""
+    with _told(debug):
+        from .verify import verify_run
+
+        for name, text in verify_run(run):
+            click.echo(f"{name:>10}  {text}")
+
+
+@main.command()
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--model", required=True, metavar="BUNDLE", help="A model bundle, or the name of one in the package.")
 @click.option("--output", required=True, type=FOLDER, help="The folder to write to.")

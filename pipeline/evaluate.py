@@ -40,6 +40,7 @@ from segpipe.tasks.predict import INVALID
 from . import judge
 from .footprints import FOUND, TRUE, Cell, Cells, footprint_cells
 from .manifest import last_published, read_manifest
+from .rasters import GDAL_CACHE_BYTES
 from .rows import BATCH_ROWS
 from .scores import CLASSES_M2, SEAM_PX, SQUARE_PX, City, Evaluation, Picture, Place, Run
 from .truth import Truth, add_file_footprints, add_mask_footprints, choose_layer, open_truth
@@ -165,6 +166,7 @@ def _evaluate_one(run: Run, truth_path: Path, layer: Path, truth_id: str | None)
 
     mask_path = run.folder / "mask.tif"
     with ExitStack() as stack:
+        stack.enter_context(rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES))
         mask = stack.enter_context(rasterio.open(mask_path))
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".cells-", dir=layer.parent)))
         extent = Window(0, 0, mask.height, mask.width)

@@ -53,8 +53,9 @@ class Footprints:
 class Cells:
     """Open file of footprints. Use it inside `footprint_cells`."""
 
-    def __init__(self, database: sqlite3.Connection, extent: Window, pad_px: int) -> None:
+    def __init__(self, database: sqlite3.Connection, folder: Path, extent: Window, pad_px: int) -> None:
         self._database = database
+        self.folder = folder
         self.extent = extent
         self._pad_px = pad_px
         self._columns = -(-extent.width // CELL_PX)
@@ -120,15 +121,6 @@ class Cells:
         query = "SELECT id FROM footprints WHERE kind = ? AND number = ? AND home"
         return str(self._database.execute(query, (kind, number)).fetchone()[0])
 
-    def keep(self, name: str, data: bytes) -> None:
-        """Keep a file's worth of bytes."""
-        self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?)", (name, data))
-
-    def kept(self, name: str) -> bytes:
-        """What was kept under a name."""
-        data: bytes = self._database.execute("SELECT data FROM files WHERE name = ?", (name,)).fetchone()[0]
-        return data
-
 
 @contextmanager
 def footprint_cells(path: Path, extent: Window, pad_px: int) -> Iterator[Cells]:
@@ -145,7 +137,6 @@ def footprint_cells(path: Path, extent: Window, pad_px: int) -> Iterator[Cells]:
                 "CREATE TABLE footprints (cell INTEGER, kind INTEGER, number INTEGER, home INTEGER, id TEXT,"
                 " confidence REAL, wkb BLOB)"
             )
-            database.execute("CREATE TABLE files (name TEXT PRIMARY KEY, data BLOB)")
-            yield Cells(database, extent, pad_px)
+            yield Cells(database, path.parent, extent, pad_px)
     finally:
         path.unlink(missing_ok=True)

@@ -304,6 +304,7 @@ def make_manifest(config: CityConfig, plan: Plan, state: dict[str, Any], publish
         | {published.geopackage.name: published.rows_digest},
         "rows_digests_begun": sorted(begun) if others else [],
         "outputs": {name: (plan.output / name).stat().st_size for name in outputs},
+        "digests": {name: file_digest(plan.output / name) for name in outputs if not name.endswith(".gpkg")},
         "tiles": tiles,
         "config": config.model_dump(mode="json"),
         "state": state,

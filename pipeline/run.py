@@ -35,6 +35,7 @@ from .stages import Site, forget_damaged
 from .status import following
 from .storage import OWN_FOLDERS, Folder, LocalFolder, folder_at, remove_leftovers
 from .store import Store, prepare_store
+from .verify import verify_quickly
 
 SETTLED = "settled.json"
 MOST_PASSES = 4
@@ -70,6 +71,8 @@ def map_city(config: CityConfig, console: Console, fresh: bool = False, performa
         published = run_plan(config, plan, listener, cluster, performance)
         write_preview_and_report(config, plan, published)
         done = manifest.make_manifest(config, plan, state, published)
+        for label, text in verify_quickly(plan.output, done):
+            listener.say(f"{label:>10}  {text}")
         show(plan, done["outputs"])
         # The manifest first: killed in between, what is published counts, and what is left over is dropped later.
         manifest.write_manifest(folder, done)

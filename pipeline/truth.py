@@ -5,6 +5,7 @@ Footprints are held as polygons in pixels of that raster (x = column, y = row), 
 
 from __future__ import annotations
 
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -32,20 +33,11 @@ from rasterio.windows import Window as RasterWindow
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.grid import Lattice, Window, apply
 from segpipe.tasks.outlines import Geometries
-from segpipe.tasks.seams import collect, join, plan_joins
-from segpipe.tasks.vectorize import (
-    FULL_U8,
-    Components,
-    VectorSettings,
-    border_from_bytes,
-    building_ids,
-    fragment_to_bytes,
-    sides_from_bytes,
-    vectorize_block,
-)
+from segpipe.tasks.vectorize import building_ids
 
 from .footprints import TRUE, Cells, Footprints
 from .inputs import natural
+from .regions import regions
 
 BATCH_ROWS = 1024
 LATTICE_TOLERANCE_PX = 1e-3
@@ -239,24 +231,11 @@ def add_mask_footprints(
     """
     place = mask.transform
     lattice = Lattice(mask.crs.to_wkt(), place.a, place.c, place.f)
-    settings = VectorSettings(threshold_u8=FULL_U8, min_area_m2=0, fill_holes_m2=0, simplify_m=0)
-    windows: list[Window] = []
-
-    def add(found: Components) -> None:
-        ids = building_ids(found.key_row + offset[0], found.key_col + offset[1])
-        cells.add(kind, found.geometry, ids, np.ones(len(found)))
-
-    for cell in cells.cells():
-        window = cells.window(cell)
-        prob_HW = read(window).astype(np.uint8) * np.uint8(FULL_U8)
-        fragment = vectorize_block(prob_HW, window, lattice, settings)
-        add(fragment.finished)
-        cells.keep(str(len(windows)), fragment_to_bytes(fragment))
-        windows.append(window)
-    joins = plan_joins(windows, lambda index: sides_from_bytes(cells.kept(str(index))))
-    for home in np.unique(joins.home).tolist():
-        pieces, building = collect(joins.at(home), lambda index: border_from_bytes(cells.kept(str(index))))
-        add(join(pieces, building))
+    windows = (cells.window(cell) for cell in cells.cells())
+    with tempfile.TemporaryDirectory(prefix="regions-", dir=cells.folder) as folder:
+        for found in regions(windows, read, lattice, Path(folder)):
+            ids = building_ids(found.key_row + offset[0], found.key_col + offset[1])
+            cells.add(kind, found.geometry, ids, np.ones(len(found)))
 
 
 # Footprints
