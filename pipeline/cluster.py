@@ -368,7 +368,7 @@ class Distributed:
                 # Sent to that one alone it would wait for ever.
                 del self._sent[future]
                 future.cancel()
-                if (outcome := self._suspect(sent)) is not None:
+                if (outcome := self._suspect(sent, sure=False)) is not None:
                     return outcome
         return None
 
@@ -388,6 +388,7 @@ class Distributed:
 
     def _try_alone(self) -> None:
         """Send suspects to workers, one to each."""
+        self._workers = self._client.scheduler_info(n_workers=-1)["workers"]
         taken = {sent.alone_on for sent in self._sent.values()} | self._unfit.keys()
         free = {address: worker for address, worker in self._workers.items() if address not in taken}
         for sent in list(self._suspects):
@@ -399,12 +400,15 @@ class Distributed:
             elif sent.task.gpu:
                 self._jobs.want_gpus()
 
-    def _suspect(self, sent: _Sent) -> Outcome | None:
-        """What becomes of a task whose worker has died: None if it is to be tried (again) alone."""
+    def _suspect(self, sent: _Sent, sure: bool = True) -> Outcome | None:
+        """What becomes of a task whose worker has died: None if it is to be tried (again) alone.
+
+        sure: the scheduler says that the worker died of it; else it is only gone, perhaps before it had begun.
+        """
         address, sent.alone_on = sent.alone_on, ""
         if address:
             sent.deaths += 1
-            if self._comes_back(sent.name) or sent.deaths >= MOST_LOST:
+            if sent.deaths >= MOST_LOST or (self._comes_back(sent.name) and (sure or sent.deaths > 1)):
                 return Outcome(sent.task, None, RunError(self._cause(address, sent.name)), "")
         self._suspects.append(sent)
         return None
@@ -572,4 +576,11 @@ def _work(run: str, stage: str, arguments: tuple[Any, ...]) -> tuple[Receipt, st
         receipt: Receipt = getattr(stages, stage)(_sites[run], *arguments)
     except WorkerError as error:
         raise WorkerError(str(error), worker.address) from None
+    except RuntimeError as error:
+        # torch's own kind, told apart by its name: torch is not imported for tasks that need none.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        raise RunError(
+            f"the GPU has too little memory ({error}); cure: a smaller `grid: {{block_px: …}}`, which begins anew"
+        ) from None
     return receipt, str(worker.name)

@@ -44,18 +44,26 @@ def dask_settings(threads: int | str = "auto") -> dict[str, Any]:
 
 
 @contextmanager
+def _asked_of_dask(threads: int | str) -> Iterator[None]:
+    import dask
+
+    # Its defaults join Dask's configuration when it is imported: within `set` they would go again with what is set.
+    importlib.import_module("distributed")
+    with dask.config.set(dask_settings(threads)):
+        yield
+
+
+@contextmanager
 def open_cluster(config: CityConfig, say: Callable[[str], None]) -> Iterator[Cluster | None]:
     """The cluster of a city, None for this machine's workers, which start with the pool.
 
     UserError, within 15 s, for what can never work.
     """
-    import dask
-
     kind = config.cluster
     if kind.kind == "local":
         yield None
         return
-    with dask.config.set(dask_settings(kind.threads)), ExitStack() as closing:
+    with _asked_of_dask(kind.threads), ExitStack() as closing:
         tls = None if kind.tls is None else _tls_files(config, kind.tls)
         if isinstance(kind, SchedulerConfig):
             yield _running(closing, config, kind, tls)
@@ -70,10 +78,8 @@ def open_cluster(config: CityConfig, say: Callable[[str], None]) -> Iterator[Clu
 @contextmanager
 def open_pool(plan: Plan, cluster: Cluster | None) -> Iterator[Pool]:
     """A pool on a cluster, or on worker processes of this machine. UserError if some worker there cannot take part."""
-    import dask
-
     if cluster is None:
-        with dask.config.set(dask_settings(plan.workers.threads)), local_pool(plan) as pool:
+        with _asked_of_dask(plan.workers.threads), local_pool(plan) as pool:
             yield pool
         return
     pool = Distributed(cluster.client, plan, cluster.jobs, cluster.unfit, True, cluster.count_gpus)

@@ -242,7 +242,7 @@ def test_a_scheduler_without_the_resource_gpu_is_refused_before_any_work(
     address = scheduler(protocol="tcp", host="127.0.0.1")
     with pytest.raises(UserError, match=r'1 workers, none with the resource GPU.*--resources "GPU=1"'):
         attach(city, address, "refused")
-    assert not tasks_done(city.folder / "refused")
+    assert not (city.folder / "refused").exists()
 
 
 def test_a_scheduler_whose_workers_are_too_small_is_refused_before_any_work(
@@ -253,7 +253,7 @@ def test_a_scheduler_whose_workers_are_too_small_is_refused_before_any_work(
         address = scheduler(protocol="tcp", host="127.0.0.1", resources={"GPU": 1}, memory_limit=200 * 2**20)
     with pytest.raises(UserError, match=r"cluster.memory: 0\.2 GiB a worker, but a block of 64 px .* takes .* GiB"):
         attach(city, address, "refused")
-    assert not tasks_done(city.folder / "refused")
+    assert not (city.folder / "refused").exists()
 
 
 def test_a_run_whose_last_gpu_worker_leaves_ends_and_says_how_to_go_on(
