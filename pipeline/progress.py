@@ -57,6 +57,8 @@ class Listener:
         self.totals: dict[str, int] = {}
         self._bars: dict[str, TaskID] = {}
         self._logged = time.monotonic()
+        self.started = time.time()
+        """When this run began, in seconds of the epoch, as its tasks tell when they ended."""
         self.stages: dict[str, StageSums] = {}
         columns = (
             TextColumn("{task.description:>10}"),

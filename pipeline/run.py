@@ -6,31 +6,28 @@ import itertools
 import json
 from collections import Counter, defaultdict
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
 from segpipe.tasks.errors import DamageError, RunError, UserError
-from segpipe.tasks.predict import INVALID
 from segpipe.tasks.validity import scan_tile
 
-from . import manifest, publish, report
+from . import manifest, publish
 from .cluster import Cluster, GpuUse, Pool
 from .cluster_kinds import open_cluster, open_pool
 from .config import CityConfig
-from .describe import describe, pixels_seen, seconds_of
+from .describe import describe, seconds_of
 from .desk import RECORDS, desk, fetch, show
 from .flow import Flow, run_joins
-from .imagery import imagery_of
-from .inputs import versions
 from .ledger import as_json
 from .lock import locked
-from .plan import Plan, ground_pixel_m, make_plan
+from .plan import Plan, make_plan
 from .progress import Listener, watching
-from .publish import Published, read_in_area
+from .publish import Published
+from .run_report import write_preview_and_report
 from .stages import Site, forget_damaged
 from .status import following
 from .storage import OWN_FOLDERS, Folder, LocalFolder, folder_at, remove_leftovers
@@ -69,7 +66,7 @@ def map_city(config: CityConfig, console: Console, fresh: bool = False, performa
         folder.write(SETTLED, as_json(plan.settled()))
         prepare_store(folder, plan.layout)
         published = run_plan(config, plan, listener, cluster, performance)
-        write_preview_and_report(config, plan, published)
+        write_preview_and_report(config, plan, published, listener.started)
         done = manifest.make_manifest(config, plan, state, published)
         for label, text in verify_quickly(plan.output, done):
             listener.say(f"{label:>10}  {text}")
@@ -231,63 +228,6 @@ def _told(failures: list[tuple[str, str, BaseException]]) -> str:
     return (
         f"{stage} {unit} failed: {first}{more}{others}; all else is done and kept; run the same command again to go on"
     )
-
-
-OUTPUTS = (
-    ("mask.tif", "1 building, 0 not, 255 nodata"),
-    ("probability.tif", "0 to 250 for 0 to 1, 255 nodata"),
-    ("preview.png", "footprints over the imagery"),
-    ("manifest.json", "versions, recipe, digests, counts"),
-    ("tasks.jsonl", "a line a task: seconds, bytes, worker"),
-    ("city.yaml", "the resolved configuration"),
-)
-
-
-def write_preview_and_report(config: CityConfig, plan: Plan, published: Published) -> None:
-    """Draw the footprints over the imagery, and say on one page what was done."""
-    site, folder = Site(plan), plan.output
-    preview = folder / "preview.png"
-    report.write_preview(
-        preview,
-        lambda window: imagery_of(site, window, published.skipped.keys()),
-        lambda window: read_in_area(site, window) != INVALID,
-        plan.bounds,
-        plan.lattice,
-        published.geopackage,
-    )
-    core_px, seen_px = pixels_seen(plan)
-    page = report.Report(
-        name=plan.name,
-        finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=plan.model.stem,
-        plan=tuple(describe(plan)),
-        recipe=tuple((name, str(value)) for name, value in asdict(plan.recipe).items()),
-        config_yaml=config.resolved_yaml(),
-        tiles=len(plan.tiles),
-        chunks=sum(1 for _ in plan.chunks()),
-        blocks=sum(1 for _ in plan.blocks()),
-        buildings=published.buildings,
-        buildings_m2=published.buildings_m2,
-        valid_px=published.valid_px,
-        pixel_m=ground_pixel_m(plan.lattice, plan.bounds),
-        invalid_px=tuple(published.validity.items()),
-        halo_px=plan.recipe.halo_px,
-        extra_pixels=seen_px / core_px - 1,
-        stages=tuple(
-            report.StageTime(name, it.units, it.reused, it.seconds, it.wall_s, it.pixels)
-            for name, it in published.stages.items()
-        ),
-        skipped=tuple(published.skipped.items()),
-        warnings=published.notes,
-        versions=tuple(versions().items()),
-        outputs=(
-            (published.geopackage.name, "layers buildings (the footprints) and changes"),
-            *([("tile_masks/", "a mask a tile: 255 building, 0 not")] if published.tile_masks else []),
-            *OUTPUTS,
-        ),
-        changes=tuple(published.changes.items()),
-    )
-    report.write_report(folder / "report.html", page, preview)
 
 
 def drop_store(folder: Folder, keep: Literal["all", "probability", "none"]) -> None:
