@@ -105,6 +105,14 @@ class Jobs(Protocol):
 
     elastic: bool
 
+    def begin(self) -> None:
+        """Ask for workers that read and vectorize, where they are asked for."""
+        ...
+
+    def end(self) -> None:
+        """Nothing is left to be done by workers: give all back that were asked for."""
+        ...
+
     def want_gpus(self) -> None:
         """Something is to be predicted: ask for workers with GPUs, where they are asked for."""
         ...
@@ -143,6 +151,12 @@ class Standing:
     """Workers that are there, or that somebody else starts."""
 
     elastic = False
+
+    def begin(self) -> None:
+        """They are there or they are not."""
+
+    def end(self) -> None:
+        """They stay."""
 
     def want_gpus(self) -> None:
         """They are there or they are not."""
@@ -244,13 +258,15 @@ class Distributed:
         self._alone_since: float | None = None
         self._count_gpus, self._held_s, self._busy_s = count_gpus, 0.0, 0.0
         self._run = f"segpipe-{plan.name}-{time.time_ns():x}"
-        client.register_plugin(_site_plugin(self._run, pickle.dumps(plan), own_versions(), check))
+        plugin = _site_plugin(self._run, pickle.dumps(plan), own_versions(), check)
+        _patiently(lambda: client.register_plugin(plugin))
+        self._jobs.begin()
         self._look()
         if check:
             self._refuse_unfit()
 
     def _refuse_unfit(self) -> None:
-        for address, reason in self._client.run(_refusal, self._run).items():
+        for address, reason in self._client.run(_refusal, self._run, on_error="ignore").items():
             if reason and address not in self._unfit:
                 self.leave()
                 raise UserError(f"worker {self._name(address)}: {reason}")
@@ -493,8 +509,22 @@ class Distributed:
 
     def leave(self) -> None:
         """Let workers that live on drop the plan and the network of this run; those of other runs stay."""
+        self._jobs.end()
         with contextlib.suppress(Exception):
             self._client.unregister_worker_plugin(_plugin_name(self._run))
+
+
+def _patiently(call: Callable[[], object]) -> None:
+    """Call what asks all workers: one that goes at that moment, as workers may, makes it fail."""
+    deadline = time.monotonic() + WORKER_TIMEOUT_S
+    while True:
+        try:
+            call()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RunError(f"workers do not answer: {error}; run the same command again to go on") from None
+            time.sleep(0.5)
 
 
 def _scheduler_lost() -> RunError:

@@ -60,8 +60,7 @@ def slurm_cluster(
     jobs = SlurmJobs(cluster, groups, options)
     closing.callback(jobs.cancel_all)
     client = connect(closing, "cluster.kind: slurm", cluster, tls)
-    if "cpu" in groups:
-        jobs.scale("cpu", groups["cpu"].count)
+    jobs.begin()
     predicting = "gpu" if "gpu" in groups else "cpu"
     crew = _crew(client, jobs, predicting, groups[predicting], say)
     return Cluster(client, jobs, crew, count_gpus="gpu" in groups)
@@ -130,6 +129,8 @@ def _crew(client: Any, jobs: SlurmJobs, name: str, group: GroupConfig, say: Call
         device, torch = found.device, found.torch
         if name == "gpu":
             jobs.scale("gpu", 0)
+            while any(it["resources"].get("GPU") for it in client.scheduler_info(n_workers=-1)["workers"].values()):
+                time.sleep(0.2)
     return Crew(
         device=device,
         torch=torch,
@@ -165,6 +166,16 @@ class SlurmJobs:
         self._asked = 0.0
         self._ids: set[str] = set()
 
+    def begin(self) -> None:
+        """Ask for the jobs without GPUs; where there are no others, they predict too."""
+        if "cpu" in self._groups:
+            self.scale("cpu", self._groups["cpu"].count)
+
+    def end(self) -> None:
+        """Cancel all jobs."""
+        for name in self._groups:
+            self.scale(name, 0)
+
     def want_gpus(self) -> None:
         """Ask for the jobs with GPUs, where there are such."""
         if "gpu" in self._groups and not self._wanted["gpu"]:
@@ -172,7 +183,7 @@ class SlurmJobs:
 
     def spare_gpus(self) -> None:
         """Cancel the jobs with GPUs."""
-        if "gpu" in self._groups:
+        if self._wanted.get("gpu"):
             self.scale("gpu", 0)
 
     def sample(self) -> None:

@@ -22,7 +22,7 @@ from segpipe.pipeline.cluster import InProcess
 from segpipe.pipeline.plan import Plan
 
 DEED, DIARY = "SEGPIPE_TEST_DEED", "SEGPIPE_TEST_DIARY"
-"""Environment of worker processes: what the network does (exit, memory, oom), and the file that it is written to first."""
+"""Environment of worker processes: what the network does (exit, memory, oom), and the file that it is first written to."""
 MARK = 3
 """A pixel of this value in all bands is where it does it."""
 MEAN, STD = 0.5, 0.25
