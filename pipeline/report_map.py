@@ -26,11 +26,11 @@ from segpipe.tasks.grid import Lattice, Window
 from .geopackage import LAYER
 from .rows import BATCH_ROWS
 
-CONFIDENCES = (0.0, 0.6, 0.7, 0.8, 0.9)
+CONFIDENCES = (0.0, 0.7, 0.8, 0.9, 0.95)
 """Lower ends of the classes that have a colour."""
-COLOURS = ("#d7191c", "#fdae61", "#ffffbf", "#abd9e9", "#2c7bb6")
+COLOURS = ("#ff2d2d", "#ff9d2e", "#ffe93b", "#7fe3ff", "#2f9bff")
 MOST_OUTLINES = 20_000
-"""More would make a page that is slow to open: then the largest buildings of each part are left to QGIS, and told."""
+"""More would make a page that is slow to open."""
 TENTHS = 10
 
 AREA_BINS = (0, 25, 50, 75, 100, 150, 200, 300, 500, 1000, 2000)
