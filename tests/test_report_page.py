@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shapely
-from conftest import City, FakePredictor, map_it
+from conftest import ORIGIN, City, FakePredictor, map_it, write_tile
 from PIL import Image, ImageColor
 from pyproj import CRS
 from test_report import geopackage
@@ -37,10 +37,11 @@ def browser() -> str:
 def page(make_city: Callable[..., City], in_process: type[FakePredictor]) -> Path:
     city = make_city()
     tile = city.folder / "tiles" / "tile4.tif"
+    write_tile(tile, city.image_CHW[:, 300:, 300:], ORIGIN[0] + 300, ORIGIN[1] + 300, blockysize=8)
     data = bytearray(tile.read_bytes())
-    data[len(data) // 2 : len(data) // 2 + 400] = bytes(400)
+    data[-3500:-2000] = b"\xff" * 1500  # its header is whole: it has a place on the map
     tile.write_bytes(bytes(data))
-    map_it(city.set(on_tile_error="skip"))
+    map_it(city.set(on_tile_error="skip", nodata=None))
     return city.folder / "run" / "report.html"
 
 
