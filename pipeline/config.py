@@ -66,8 +66,14 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(_check_path)]
-Paths = Annotated[tuple[PathText, ...], BeforeValidator(_as_tuple_of_any), Field(min_length=1)]
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_as_tuple_of_any)]
+Paths = Annotated[
+    tuple[PathText, ...],
+    BeforeValidator(_as_tuple_of_any, json_schema_input_type=Text | tuple[Text, ...]),
+    Field(min_length=1),
+]
+Numbers = Annotated[
+    tuple[float, ...], BeforeValidator(_as_tuple_of_any, json_schema_input_type=float | tuple[float, ...])
+]
 BandNumbers = Annotated[
     tuple[PositiveInt, ...],
     BeforeValidator(_as_tuple),
@@ -125,7 +131,7 @@ class VectorizeConfig(_Section):
 
 
 Memory = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*(GiB|GB|MiB|MB)$")]
-Lines = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple_of_any)]
+Lines = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple_of_any, json_schema_input_type=Text | tuple[Text, ...])]
 
 
 TLS = "null, or the PEM files {ca: …, cert: …, key: …}"
@@ -356,7 +362,10 @@ def with_scheduler(config: CityConfig, address: str) -> CityConfig:
     return config.model_copy(update={"cluster": cluster})
 
 
-Values = Annotated[tuple[Annotated[int, Field(ge=0, le=255)], ...], BeforeValidator(_as_tuple_of_any)]
+Value = Annotated[int, Field(ge=0, le=255)]
+Values = Annotated[
+    tuple[Value, ...], BeforeValidator(_as_tuple_of_any, json_schema_input_type=Value | tuple[Value, ...])
+]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Part = PositiveInt | Share | Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), Field(min_length=1)] | PathText
 PART = "a share such as 0.05, a number such as 738, a list of names, or a text file with a name a line"
