@@ -362,6 +362,16 @@ def cluster_check(city: Path, overrides: tuple[str, ...], debug: bool) -> None:
             click.echo(f"{label:>10}  {text}")
 
 
+@main.command()
+@click.argument("kind", type=click.Choice(["city", "train"]))
+def schema(kind: str) -> None:
+    """Print the JSON Schema of a city.yaml or a train.yaml, for editors that complete and check."""
+    with _told(False):
+        from .schema import schema_text
+
+        click.echo(schema_text(kind), nl=False)
+
+
 @main.group()
 def models() -> None:
     """Model bundles: list, show, import."""
