@@ -22,7 +22,9 @@ from segpipe.pipeline.cluster import InProcess
 from segpipe.pipeline.plan import Plan
 
 DEED, DIARY = "SEGPIPE_TEST_DEED", "SEGPIPE_TEST_DIARY"
-"""Environment of worker processes: what the network does (exit, memory, oom), and the file that it is first written to."""
+"""Environment of worker processes: what the network does (slow, or, at the mark, exit, memory, oom), and the file that
+such a deed is written to before it is done.
+"""
 MARK = 3
 """A pixel of this value in all bands is where it does it."""
 MEAN, STD = 0.5, 0.25
@@ -42,7 +44,9 @@ class Fragile(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same H and W."""
         deed = os.environ.get(DEED)
-        if deed and bool(((x - (MARK / 255 - MEAN) / STD).abs().amax(dim=1) < 1e-4).any()):
+        if deed == "slow":
+            time.sleep(1)
+        elif deed and bool(((x - (MARK / 255 - MEAN) / STD).abs().amax(dim=1) < 1e-4).any()):
             with Path(os.environ[DIARY]).open("a") as diary:
                 diary.write(f"{deed}\n")
             do(deed)
