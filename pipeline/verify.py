@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +74,8 @@ class Claims:
     @property
     def geopackage(self) -> Path:
         """The footprints."""
-        return self.folder / next(name for name in self.manifest["outputs"] if name.endswith(".gpkg"))
+        names: list[str] = [name for name in self.manifest["outputs"] if name.endswith(".gpkg")]
+        return self.folder / names[0]
 
     def expect(self, what: str, found: object, expected: object) -> None:
         """RunError where something is not as it should be."""
@@ -110,7 +111,7 @@ def verify_quickly(folder: Path, manifest: dict[str, Any]) -> list[tuple[str, st
     return list(_passed(Claims(folder, manifest), {"rasters": check_place, "strip": check_strip}))
 
 
-def _passed(claims: Claims, checks: dict[str, Check]) -> Iterator[tuple[str, str]]:
+def _passed(claims: Claims, checks: Mapping[str, Check]) -> Iterator[tuple[str, str]]:
     for name, check in checks.items():
         try:
             with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES):
