@@ -223,7 +223,7 @@ class _Eye:
         box = shapely.box(window.col_off, window.row_off, window.col_stop, window.row_stop)
         return sorted(self.pictures.query(box).tolist())
 
-    def picture_at(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.int64]:
+    def picture_at(self, x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
         """The first of the images that each point lies in, -1 where there is none."""
         found = np.full(len(x), -1, np.int64)
         point, picture = self.pictures.query(shapely.points(x, y), predicate="intersects")
@@ -374,8 +374,8 @@ def _city(run: Run, truth_path: Path, truth: Truth, sums: _Sums, eye: _Eye, note
     told = sums.squares_rows[..., [*range(4), *range(8, 11)]].any(axis=-1)
     row, col = np.nonzero(told)
     height, width = eye.mask.shape
-    middles = (np.minimum(it * SQUARE_PX + SQUARE_PX // 2, size - 1) for it, size in ((col, width), (row, height)))
-    picture = eye.picture_at(*(it.astype(np.float64) + 0.5 for it in middles))
+    x, y = (np.minimum(it * SQUARE_PX + SQUARE_PX // 2, size - 1) for it, size in ((col, width), (row, height)))
+    picture = eye.picture_at(x + 0.5, y + 0.5)
     groups = np.array([None if one < 0 else run.pictures[one].group for one in picture.tolist()], np.object_)
     sizes = sum(it.window.pixels for it in run.pictures)
     if sizes > eye.cells.extent.pixels:

@@ -37,12 +37,15 @@ AREA_BINS = (0, 25, 50, 75, 100, 150, 200, 300, 500, 1000, 2000)
 CONFIDENCE_BINS = tuple(round(0.4 + 0.05 * step, 2) for step in range(12))
 
 
+TileKind = Literal["copied", "warped", "skipped"]
+
+
 @dataclass(frozen=True)
 class TileMark:
     """A tile on the map: its window of the lattice, and what was done with it."""
 
     name: str
-    kind: Literal["copied", "warped", "skipped"]
+    kind: TileKind
     window: Window
 
 

@@ -17,7 +17,7 @@ from .inputs import versions
 from .plan import Plan, ground_pixel_m
 from .publish import Published, read_in_area
 from .report_charts import areas_chart, confidences_chart, read_spans, timeline_chart
-from .report_map import TileMark, draw_map
+from .report_map import TileKind, TileMark, draw_map
 from .stages import Site
 
 OUTPUTS = (
@@ -84,10 +84,12 @@ def write_preview_and_report(config: CityConfig, plan: Plan, published: Publishe
 
 def _marks(plan: Plan, published: Published) -> list[TileMark]:
     """Where tiles lie in the part that is shown, and what was done with them."""
-    marks = []
+    marks: list[TileMark] = []
     for tile in plan.tiles:
         window = tile.cover.intersect(plan.bounds)
         if window.pixels:
-            kind = "skipped" if tile.path in published.skipped else "copied" if tile.mosaic is None else "warped"
+            kind: TileKind = "copied" if tile.mosaic is None else "warped"
+            if tile.path in published.skipped:
+                kind = "skipped"
             marks.append(TileMark(PurePosixPath(tile_name(tile.path)).name, kind, window))
     return marks

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pydantic import BaseModel
+
 from .config import CityConfig, TrainConfig
 
-KINDS = {"city": CityConfig, "train": TrainConfig}
+KINDS: dict[str, type[BaseModel]] = {"city": CityConfig, "train": TrainConfig}
 
 
 def schema_text(kind: str) -> str:
