@@ -127,7 +127,10 @@ class VectorizeConfig(_Section):
     min_area_m2: NotNegative = Field(10.0, description="a number of square metres from 0 on")
     fill_holes_m2: NotNegative = Field(2.0, description="a number of square metres from 0 on")
     simplify_m: NotNegative = Field(0.3, description="a number of metres from 0 on")
-    regularize: Literal["none"] = Field("none", description="none")
+    regularize: Literal["none", "orthogonal"] = Field("none", description="none or orthogonal")
+    regularize_min_iou: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="a number above 0 and up to 1 such as 0.8"
+    )
 
 
 Memory = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*(GiB|GB|MiB|MB)$")]

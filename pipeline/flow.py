@@ -16,10 +16,10 @@ import numpy as np
 
 from segpipe.tasks.errors import DamageError, RunError, StorageError, TileError, UnreachableError
 from segpipe.tasks.files import file_stamp
+from segpipe.tasks.fragments import sides_from_bytes
 from segpipe.tasks.grid import Window
 from segpipe.tasks.predict import reach
 from segpipe.tasks.seams import Joins, plan_joins
-from segpipe.tasks.vectorize import sides_from_bytes
 
 from . import stages
 from .cluster import Outcome, Pool, Task

@@ -328,6 +328,8 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None, crew: Cr
             min_area_m2=config.vectorize.min_area_m2,
             fill_holes_m2=config.vectorize.fill_holes_m2,
             simplify_m=config.vectorize.simplify_m,
+            regularize=config.vectorize.regularize,
+            regularize_min_iou=config.vectorize.regularize_min_iou,
         ),
         workers=workers,
         task_bytes=task_bytes,

@@ -13,9 +13,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from segpipe.tasks.attributes import Imagery, publishable
+from segpipe.tasks.files import tile_name
+from segpipe.tasks.fragments import finished_from_bytes
 from segpipe.tasks.grid import Window
+from segpipe.tasks.neighbours import bounds_of, keep_apart
 from segpipe.tasks.predict import INVALID
-from segpipe.tasks.vectorize import Buildings, finished_from_bytes, mask_of, publishable
+from segpipe.tasks.regularize import REACH_PX
+from segpipe.tasks.vectorize import Buildings, mask_of
 
 from . import changes, manifest
 from .allocator import give_freed_memory_back
@@ -69,22 +74,25 @@ def publish_all(
     site, folder = Site(plan), plan.output
     threshold_u8 = plan.vector.threshold_u8
     mask_px = valid_px = 0
+    valid: Window | None = None
 
     def read_mask(window: Window) -> NDArray[np.uint8]:
-        nonlocal mask_px, valid_px
+        nonlocal mask_px, valid_px, valid
         prob_HW = read_in_area(site, window)
         mask_HW = mask_of(prob_HW, threshold_u8)
         mask_px += int(np.count_nonzero(mask_HW))
         valid_px += int(np.count_nonzero(prob_HW != INVALID))
+        valid = _union(valid, _bounds_of(prob_HW != INVALID, window))
         return np.where(prob_HW == INVALID, np.uint8(INVALID), mask_HW.astype(np.uint8))
 
     give_freed_memory_back()
     geopackage = partial_path(folder / "buildings.gpkg")
     area = _Sum()
-    written = write_geopackage(geopackage, area.of(batches_in_order(site, homes)), plan.lattice.crs_wkt)
-    give_freed_memory_back()
     block_px = min(plan.block_px, ORDER_CELL_PX)
     write_cog(folder / "mask.tif", read_mask, plan.bounds, plan.lattice, resampling="mode", block_px=block_px)
+    give_freed_memory_back()
+    rows = batches_in_order(site, homes, _imagery(plan, skipped, valid))
+    written = write_geopackage(geopackage, area.of(rows), plan.lattice.crs_wkt)
     give_freed_memory_back()
     write_cog(
         folder / "probability.tif",
@@ -190,13 +198,35 @@ def _validity(site: Site, skipped: dict[int, str]) -> dict[str, int]:
     return {reason: pixels for reason, pixels in sorted(reasons.items()) if pixels}
 
 
-def batches_in_order(site: Site, homes: list[Block]) -> Iterator[pa.RecordBatch]:
+def _union(one: Window | None, other: Window | None) -> Window | None:
+    return one if other is None else other if one is None else one.union(other)
+
+
+def _bounds_of(there_HW: NDArray[np.bool_], window: Window) -> Window | None:
+    """The smallest window around what is True in an array that covers a window."""
+    rows, cols = np.flatnonzero(there_HW.any(axis=1)), np.flatnonzero(there_HW.any(axis=0))
+    if not len(rows):
+        return None
+    row, col = window.row_off, window.col_off
+    return Window.between(row + int(rows[0]), col + int(cols[0]), row + int(rows[-1]) + 1, col + int(cols[-1]) + 1)
+
+
+def _imagery(plan: Plan, skipped: Collection[int], valid: Window | None) -> Imagery:
+    """Where the tiles lie that could be read. What is valid in an area says nothing of where the imagery ends."""
+    tiles = [tile for index, tile in enumerate(plan.tiles) if index not in skipped]
+    names = [tile_name(tile.path) for tile in tiles]
+    return Imagery(names, [tile.cover for tile in tiles], valid if plan.area is None else None)
+
+
+def batches_in_order(site: Site, homes: list[Block], imagery: Imagery) -> Iterator[pa.RecordBatch]:
     """All buildings that meet the area in the order of the lattice, in batches of at most BATCH_ROWS rows.
 
-    At most the buildings of the blocks under one cell of the order are held.
+    Their outlines are as asked for, or raw where they would overlap a neighbour's. At most the buildings of the blocks
+    under one cell of the order are held, and those beside it that touch the bounds of one of its own.
     """
     plan = site.plan
     home_set = set(homes)
+    neighbours = _Neighbours(site, homes)
     cache: OrderedDict[Block, Buildings] = OrderedDict()
     blocks_per_cell = (-(-ORDER_CELL_PX // plan.block_px) + 1) ** 2
 
@@ -221,10 +251,13 @@ def batches_in_order(site: Site, homes: list[Block]) -> Iterator[pa.RecordBatch]
             if plan.is_predicted(block)
         ]
         found = Buildings.concatenate(parts)
+        if plan.vector.simplify_m or plan.vector.regularize != "none":
+            near = (_first_pixel_in(of_block(block), window, False) for block in neighbours.blocks(found))
+            found = keep_apart(found, near, plan.lattice)
         if plan.area is not None:
             found = found.take(plan.area.meets(found.geometry))
         found = found.take(np.lexsort((found.key_col, found.key_row)))
-        batch = publishable(found, plan.lattice)
+        batch = publishable(found, plan.lattice, imagery)
         while len(batch):
             part = batch.slice(0, BATCH_ROWS - rows)
             batch = batch.slice(len(part))
@@ -237,10 +270,35 @@ def batches_in_order(site: Site, homes: list[Block]) -> Iterator[pa.RecordBatch]
         yield _one(held)
 
 
-def _first_pixel_in(buildings: Buildings, window: Window) -> Buildings:
+class _Neighbours:
+    """Which blocks hold buildings that may be in the way of others."""
+
+    def __init__(self, site: Site, homes: list[Block]) -> None:
+        self._plan = site.plan
+        reaches = [_joined_at(site, home).get("reach") for home in homes]
+        self._homes = np.array([home for home, reach in zip(homes, reaches, strict=True) if reach], int).reshape(-1, 2)
+        self._reach = np.array([reach for reach in reaches if reach], np.float64).reshape(-1, 4)
+
+    def blocks(self, buildings: Buildings) -> list[Block]:
+        """Blocks under or beside the bounds of these, and those whose joined buildings reach there, in order."""
+        if not len(buildings):
+            return []
+        found: set[Block] = set()
+        bounds = bounds_of(buildings)
+        grown = np.floor(bounds + np.array([-REACH_PX, -REACH_PX, REACH_PX, REACH_PX])).astype(np.int64)
+        for left, top, right, bottom in np.unique(grown // self._plan.block_px, axis=0).tolist():
+            found.update((row, col) for row in range(top, bottom + 1) for col in range(left, right + 1))
+        least, most = bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)
+        meets = (self._reach[:, :2] <= most).all(axis=1) & (self._reach[:, 2:] >= least).all(axis=1)
+        found.update((row, col) for row, col in self._homes[meets].tolist())
+        return sorted(block for block in found if self._plan.is_predicted(block))
+
+
+def _first_pixel_in(buildings: Buildings, window: Window, wanted: bool = True) -> Buildings:
+    """Those of the buildings that have their first pixel in a window, or, if not wanted, the others."""
     row, col = buildings.key_row, buildings.key_col
-    rows = (row >= window.row_off) & (row < window.row_stop)
-    return buildings.take(rows & (col >= window.col_off) & (col < window.col_stop))
+    inside = (row >= window.row_off) & (row < window.row_stop) & (col >= window.col_off) & (col < window.col_stop)
+    return buildings.take(inside == wanted)
 
 
 def _one(batches: list[pa.RecordBatch]) -> pa.RecordBatch:

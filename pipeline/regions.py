@@ -11,17 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from segpipe.tasks.fragments import border_from_bytes, fragment_to_bytes, sides_from_bytes
 from segpipe.tasks.grid import Lattice, Window
 from segpipe.tasks.seams import collect, join, plan_joins
-from segpipe.tasks.vectorize import (
-    FULL_U8,
-    Components,
-    VectorSettings,
-    border_from_bytes,
-    fragment_to_bytes,
-    sides_from_bytes,
-    vectorize_block,
-)
+from segpipe.tasks.vectorize import FULL_U8, Components, VectorSettings, vectorize_block
 
 
 def regions(

@@ -15,23 +15,14 @@ import pyarrow as pa
 import shapely
 from numpy.typing import NDArray
 
+from segpipe.tasks import attributes
 from segpipe.tasks.errors import RunError
 
 BATCH_ROWS = 1024
 """Most rows of a batch, in and out: a large city takes as little memory as a small one, and no more time."""
 
-SCHEMA = pa.schema(
-    [
-        pa.field("building_id", pa.string()),
-        pa.field("area_m2", pa.float64()),
-        pa.field("pixels", pa.int64()),
-        pa.field("confidence", pa.float64()),
-        pa.field("cut", pa.bool_()),
-        pa.field("geometry", pa.binary()),
-    ]
-)
-"""Columns of the batches: area_m2 on the ground, pixels of the mask, cut: it goes on into imagery that was not
-predicted, geometry as WKB in coordinates of the CRS."""
+SCHEMA = attributes.SCHEMA
+"""Columns of buildings, as `segpipe.tasks.attributes.publishable` makes them."""
 
 
 @dataclass(frozen=True)

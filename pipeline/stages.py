@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from segpipe.tasks.errors import DamageError, RunError, StorageError, TileError
 from segpipe.tasks.files import file_digest, file_stamp
+from segpipe.tasks.fragments import border_from_bytes, fragment_to_bytes
 from segpipe.tasks.grid import Window
 from segpipe.tasks.merge import merge
 from segpipe.tasks.predict import INVALID, predict_core, reach
@@ -32,14 +33,7 @@ from segpipe.tasks.read import Tile, check_readable, read_window
 from segpipe.tasks.seams import Joins, collect, cut_buildings
 from segpipe.tasks.seams import join as unite_pieces
 from segpipe.tasks.validity import scan_tile
-from segpipe.tasks.vectorize import (
-    Buildings,
-    Components,
-    border_from_bytes,
-    finish,
-    fragment_to_bytes,
-    vectorize_block,
-)
+from segpipe.tasks.vectorize import UNKNOWN, Buildings, Components, finish, vectorize_block
 
 from .ledger import Ledger
 from .lock import lock_token
@@ -53,7 +47,7 @@ if TYPE_CHECKING:
 Cell = tuple[int, int]
 """Absolute index (row, col) of a chunk or a block."""
 
-VERSIONS = {"scan": 2, "read": 2, "predict": 1, "vectorize": 2, "join": 2}
+VERSIONS = {"scan": 2, "read": 2, "predict": 1, "vectorize": 3, "join": 3}
 """Raised when a stage of a new version gives other bytes for the same input: what older ones did is then not done."""
 
 
@@ -357,15 +351,26 @@ def join(site: Site, row: int, col: int, key: str, joins: Joins, blocks: tuple[C
     found, building = collect(joins, read_border)
     whole = unite_pieces(found, building)
     cut = cut_buildings(found, building, plan.block_px, plan.open_sides)
-    buildings = finish(whole, plan.vector, plan.lattice, lambda window: read_probability(site, window), cut)
+    buildings = finish(whole, plan.vector, plan.lattice, partial(_read_known, site), cut)
     data = _to_ipc(buildings.to_arrow())
     site.begin("join", unit)
     site.folder.write(joined_name(row, col), data)
     bounds = shapely.bounds(whole.geometry)
     oversized = int(np.count_nonzero((bounds[:, 2:] - bounds[:, :2] > plan.block_px).any(axis=1)))
-    values = {"joined": len(whole), "finished": len(buildings), "oversized": oversized}
+    reach = shapely.total_bounds([*buildings.geometry, *buildings.raw]).tolist() if len(buildings) else None
+    values = {"joined": len(whole), "finished": len(buildings), "oversized": oversized, "reach": reach}
     site.ledger.record("join", unit, key, checksum=zlib.crc32(data), **values)
     return Receipt("join", unit, int(whole.pixels.sum()), len(data), time.perf_counter() - start, values)
+
+
+def _read_known(site: Site, window: Window) -> NDArray[np.uint8]:
+    """prob_HW of a window, UNKNOWN where there is imagery but nothing is predicted."""
+    plan, prob_HW = site.plan, read_probability(site, window)
+    for block in window.cells(plan.block_px) if plan.area is not None else ():
+        core = plan.core(*block)
+        if not plan.is_predicted(block) and plan.tiles_in(core):
+            prob_HW[core.intersect(window).within(window)] = UNKNOWN
+    return prob_HW
 
 
 def fragment_name(row: int, col: int) -> str:

@@ -65,6 +65,7 @@ def test_the_least_that_works_has_the_defaults_of_the_contract(tmp_path: Path) -
             "fill_holes_m2": 2,
             "simplify_m": 0.3,
             "regularize": "none",
+            "regularize_min_iou": 0.8,
         },
         "cluster": {"kind": "local", "workers": "auto", "threads": "auto", "memory": "auto"},
         "publish": {"tile_masks": False},

@@ -33,12 +33,22 @@ def rows(numbers: np.ndarray, geometries: np.ndarray | None = None) -> pa.Record
     if geometries is None:
         x, y = 500_000 + numbers % 1000 * 10.0, 3_000_000 + numbers // 1000 * 10.0
         geometries = shapely.box(x, y, x + 3 + numbers % 5, y + 7)
+    share = 0.5 + numbers % 100 / 200
     columns = {
         "building_id": [f"r{number}c7" for number in numbers],
         "area_m2": numbers * 0.09,
+        "perimeter_m": numbers * 0.3,
         "pixels": numbers,
-        "confidence": 0.5 + numbers % 100 / 200,
+        "confidence": share,
+        "edge_confidence": share / 2,
+        "rectangularity": 1 - share / 3,
+        "holes": numbers % 4,
+        "outline": np.array(["raw", "simplified", "orthogonal"])[numbers % 3],
+        "touches_nodata": numbers % 5 == 0,
+        "touches_edge": numbers % 10 == 0,
         "cut": numbers % 3 == 0,
+        "tiles": np.array(["a.tif", "a.tif, b.tif"])[numbers % 2],
+        "review": share,
         "geometry": shapely.to_wkb(geometries),
     }
     return pa.record_batch([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
@@ -103,7 +113,7 @@ def test_120_000_footprints_stream_to_the_file_in_order_and_unchanged(tmp_path: 
     expected = pa.Table.from_batches(list(batches())).to_pandas()
     assert written.features == len(frame) == 120_000
     assert tuple(frame.total_bounds) == written.bounds
-    for name in ("building_id", "area_m2", "pixels", "confidence", "cut"):
+    for name in [name for name in SCHEMA.names if name != "geometry"]:
         assert (frame[name] == expected[name]).all()
     assert (frame.geometry.to_wkb() == expected["geometry"]).all()
     assert CRS(frame.crs) == CRS(32645)
@@ -192,7 +202,7 @@ def test_a_city_without_buildings_is_an_empty_valid_layer(tmp_path: Path, batche
     written = write_geopackage(path, batches, WKT)
     info = pyogrio.read_info(path, layer="buildings")
     assert (written.features, written.bounds, info["features"]) == (0, None, 0)
-    assert list(info["fields"]) == ["building_id", "area_m2", "pixels", "confidence", "cut"]
+    assert list(info["fields"]) == [name for name in SCHEMA.names if name != "geometry"]
     assert info["geometry_type"] == "Polygon"
     assert CRS(info["crs"]) == CRS(32645)
     assert rows_digest(path) == written.digest
@@ -206,7 +216,7 @@ def test_the_digest_does_not_depend_on_the_cut_into_batches_nor_on_byte_order(tm
     }
     batch = rows(numbers)
     big_endian = pa.array(shapely.to_wkb(shapely.from_wkb(batch.column("geometry")), byte_order=0), pa.binary())
-    batch = batch.set_column(5, SCHEMA.field("geometry"), big_endian)
+    batch = batch.set_column(len(SCHEMA) - 1, SCHEMA.field("geometry"), big_endian)
     digests.add(write_geopackage(tmp_path / "big.gpkg", [batch], WKT).digest)
     assert len(digests) == 1
 
