@@ -23,7 +23,7 @@ import pyarrow as pa
 import shapely
 from numpy.typing import NDArray
 
-from segpipe.tasks.errors import DamageError, RunError, StorageError, TileError
+from segpipe.tasks.errors import DamageError, RunError, StorageError, TileError, WorkerError
 from segpipe.tasks.files import file_digest, file_stamp
 from segpipe.tasks.fragments import border_from_bytes, fragment_to_bytes
 from segpipe.tasks.grid import Window
@@ -103,7 +103,10 @@ class Site:
 
 
 def load_predictor(plan: Plan) -> Predictor:
-    """The network of a plan on this process's device. RunError if it cannot honour the recipe."""
+    """The network of a plan on this process's device. WorkerError if it cannot honour the recipe.
+
+    On a GPU the largest window goes through it once: what is too large for its memory is found before any work.
+    """
     from segpipe.models.predictor import Predictor, device_recipe, resolve_device
     from segpipe.models.weights import file_digest as bundle_digest
     from segpipe.models.weights import load_bundle
@@ -111,7 +114,7 @@ def load_predictor(plan: Plan) -> Predictor:
     device = resolve_device()
     kind = device_recipe(device)
     if (kind["device"], kind["torch"]) != (plan.recipe.device, plan.recipe.torch):
-        raise RunError(
+        raise WorkerError(
             f"a worker has {kind['device']} and torch {kind['torch']}; expected {plan.recipe.device} and torch"
             f" {plan.recipe.torch}, which the plan has settled"
         )
@@ -120,7 +123,11 @@ def load_predictor(plan: Plan) -> Predictor:
         raise RunError(f"{plan.model_url or model}: changed since the run began; expected the weights of the plan")
     # The plan has checked that the YAML names the card's own module, if it has one.
     bundle = load_bundle(model, allowed_module=plan.card.module)
-    return Predictor(bundle, device, plan.recipe.precision, plan.recipe.threads, plan.recipe.tta)
+    predictor = Predictor(bundle, device, plan.recipe.precision, plan.recipe.threads, plan.recipe.tta)
+    if device.type == "cuda":
+        side = plan.block_px + 2 * plan.recipe.halo_px
+        predictor.predict(np.zeros((plan.layout.bands, side, side), np.uint8), np.ones((side, side), np.bool_))
+    return predictor
 
 
 def model_file(plan: Plan) -> Path:
