@@ -17,7 +17,7 @@ from segpipe.tasks.errors import UserError
 
 from .allocator import WORKER_ENVIRONMENT
 from .cluster import OWN_FAILURES, WORKER_TIMEOUT_S, Cluster, Distributed, Pool, Standing
-from .cluster_check import Facts, Tls, address_in, check_address, choose_crew, facts_here, tls_context
+from .cluster_check import Facts, Tls, address_in, check_address, choose_crew, facts_here, own_versions, tls_context
 from .cluster_local import close_soon, local_pool
 from .config import CityConfig, ClassConfig, SchedulerConfig, SlurmConfig, TlsConfig
 from .plan import Plan
@@ -114,9 +114,18 @@ def _running(closing: ExitStack, config: CityConfig, kind: SchedulerConfig, tls:
         named, address = "cluster.scheduler_file", address_in(config.path(kind.scheduler_file))
     check_address(named, address, tls)
     client = connect(closing, f"{named}: {address}", address, tls)
+    _check_scheduler(client, f"{named}: {address}")
     facts = wait_for_facts(client, f"{named}: {address}", WORKER_TIMEOUT_S)
     crew, unfit = choose_crew(f"{named}: {address}", facts)
     return Cluster(client, Standing(), crew, unfit, crew.device.startswith("cuda"))
+
+
+def _check_scheduler(client: Any, named: str) -> None:
+    """UserError for a scheduler with other versions: it reads the tasks that it hands on."""
+    ours = own_versions()
+    for package, found in client.get_versions(packages=list(ours))["scheduler"]["packages"].items():
+        if package in ours and str(found).partition("+")[0] != ours[package]:
+            raise UserError(f"{named}: it has {package} {found or 'none'}; expected {ours[package]}, as the driver")
 
 
 def connect(closing: ExitStack, named: str, address: Any, tls: Tls | None) -> Any:

@@ -14,7 +14,7 @@ from conftest import City, map_it, outputs, tasks_done
 from deeds import DEED, DIARY, fragile_city
 from hosts import DRIVER, Certificates, Hosts, wait_until
 
-from segpipe.pipeline import cluster, run
+from segpipe.pipeline import cluster, cluster_kinds, run
 from segpipe.pipeline.cluster import Distributed, Outcome
 from segpipe.pipeline.cluster_check import Facts, choose_crew
 from segpipe.pipeline.config import load_city
@@ -129,6 +129,12 @@ def test_a_worker_of_another_version_is_refused_by_name(
     with pytest.raises(UserError, match=r"worker old one \(tcp://.*it has segpipe .*; expected 9, as the driver"):
         map_it(on(city, hosts), "output=older")
     assert not tasks_done(city.folder / "older")
+
+
+def test_a_scheduler_of_another_version_is_refused(city: City, hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts.scheduler()
+    monkeypatch.setattr(cluster_kinds, "own_versions", lambda: {"zarr": "9"})
+    assert "it has zarr " in refused(on(city, hosts))
 
 
 @pytest.mark.parametrize("what", ["tile", "weights", "output"])
