@@ -26,6 +26,10 @@ NETWORK_S = 12
 """A peer that has not answered for so long is gone: work moves on within 15 s of a cut. Dask takes nothing below 11."""
 
 
+CLOSING_CLASS_S = 8
+"""What a cluster of a named class is given to take its workers down in."""
+
+
 def dask_settings(threads: int | str = "auto") -> dict[str, Any]:
     """What is asked of Dask, in this process and in workers: nothing spills, and what is gone is soon noticed."""
     environment = {"OPENBLAS_NUM_THREADS": "1", **WORKER_ENVIRONMENT}
@@ -172,7 +176,7 @@ def _of_class(closing: ExitStack, kind: ClassConfig, tls: Tls | None) -> Cluster
     except Exception as error:
         # Any class may be named, so any error may come.
         raise UserError(f"cluster.class: {kind.class_} with these kwargs: {type(error).__name__}: {error}") from None
-    closing.callback(close_soon, cluster)
+    closing.callback(close_soon, cluster, CLOSING_CLASS_S)
     if kind.workers is not None:
         cluster.scale(kind.workers)
     client = connect(closing, f"cluster.class: {kind.class_}", cluster, tls)

@@ -117,10 +117,10 @@ def _held_back(*signals: signal.Signals) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def close_soon(it: Any) -> None:
+def close_soon(it: Any, seconds: float = CLOSING_S) -> None:
     """Close a client or a cluster within seconds."""
     with contextlib.suppress(Exception):
-        it.close(timeout=CLOSING_S)
+        it.close(timeout=seconds)
 
 
 def _kill_workers(cluster: Any) -> None:
