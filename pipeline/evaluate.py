@@ -107,7 +107,7 @@ def evaluate_to(
     page = output / "worst.html"
     notes = write_worst(page, evaluation, [layer_path(output, city.run, len(runs)) for city in evaluation.cities])
     lines = [*terminal_rows(evaluation), *(("no pictures", note) for note in notes)]
-    return [*lines, ("written", f"{output / 'evaluation.md'}, .csv, .json; {page}; layers of hits and misses beside")]
+    return [*lines, ("written", f"{output}: evaluation.md, .csv, .json; worst.html; layers of hits and misses")]
 
 
 def layer_path(output: Path, run: Run, runs: int) -> Path:

@@ -27,7 +27,6 @@ from pyproj import CRS, Transformer
 from pyproj.exceptions import CRSError
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.vrt import WarpedVRT
-from rasterio.warp import transform_bounds
 from rasterio.windows import Window as RasterWindow
 
 from segpipe.tasks.errors import UserError
@@ -143,24 +142,25 @@ def _raster_truth(path: Path, rasters: Sequence[Path], mask: Any) -> tuple[Calla
 
 
 def _extent_on(raster: Path, mask: Any) -> shapely.Polygon:
-    """Where a raster may have pixels, in pixels of the mask. UserError for one that cannot be a truth."""
+    """Where a raster may have pixels, in pixels of the mask; empty where it lies beyond the run's CRS.
+
+    UserError for one that cannot be a truth.
+    """
     try:
         with rasterio.open(raster) as dataset:
             _truth_band(raster, dataset)
             if not dataset.crs:
                 raise UserError(f"{raster}: no CRS; expected one, that of the run is {crs_name(mask.crs)}")
-            bounds = transform_bounds(dataset.crs, mask.crs, *dataset.bounds)
-    except (rasterio.errors.RasterioIOError, rasterio.errors.CRSError) as error:
+            bounds = shapely.box(*dataset.bounds)
+            to_pixels = _to_pixels(raster, CRS.from_user_input(dataset.crs), mask)
+    except rasterio.errors.RasterioIOError as error:
         raise UserError(
             f"{raster}: neither a readable raster nor a readable vector file ({' '.join(str(error).split())})"
         ) from error
-    if not np.isfinite(bounds).all():
-        raise UserError(
-            f"{raster}: cannot be put from {crs_name(dataset.crs)} into {crs_name(mask.crs)}, the run's; expected a"
-            " raster whose bounds lie where its CRS holds"
-        )
-    (left, top), (right, bottom) = ~mask.transform @ (bounds[0], bounds[3]), ~mask.transform @ (bounds[2], bounds[1])
-    return shapely.box(left, top, right, bottom)
+    # A straight side may bend in another CRS.
+    outline = shapely.segmentize(bounds, bounds.length / 80)
+    extent = shapely.bounds(to_pixels(np.array([outline], np.object_)))[0]
+    return shapely.box(*extent) if np.isfinite(extent).all() else shapely.Polygon()
 
 
 def _truth_band(path: Path, dataset: Any) -> int:

@@ -24,7 +24,7 @@ import rasterio.errors
 import rasterio.features
 import shapely
 from numpy.typing import NDArray
-from pyproj import CRS, Transformer
+from pyproj import CRS
 from rasterio.windows import Window as RasterWindow
 
 from segpipe.models.weights import file_digest
@@ -150,21 +150,14 @@ def check_place(claims: Claims) -> str:
             claims.expect(f"kind of {name}", kind, (1, "uint8", INVALID))
     info = pyogrio.read_info(claims.geopackage, layer=LAYER, force_feature_count=True, force_total_bounds=True)
     claims.expect("number of footprints", info["features"], claims.manifest["counts"]["buildings"])
-    own = _published_crs(claims)
-    claims.expect("CRS of the footprints", CRS.from_user_input(info["crs"]) == own, True)
-    if info["features"] and own == crs and claims.manifest["area"] is None:
+    claims.expect("CRS of the footprints", CRS.from_user_input(info["crs"]) == crs, True)
+    if info["features"] and claims.manifest["area"] is None:
         xmin, ymin, xmax, ymax = info["total_bounds"]
         left, bottom, right, top = lattice.bounds(bounds)
         slack = 4 * lattice.pixel_size
         if xmin < left - slack or ymin < bottom - slack or xmax > right + slack or ymax > top + slack:
             raise RunError(f"{claims.geopackage}: footprints reach {info['total_bounds']}, beyond the rasters")
     return f"one CRS and one place, {bounds.width} x {bounds.height} px"
-
-
-def _published_crs(claims: Claims) -> CRS:
-    """The CRS of the footprints: that of the lattice, or the one that the configuration asks for."""
-    asked: str | None = (claims.manifest["config"].get("outputs") or {}).get("crs")
-    return CRS.from_user_input(asked or claims.manifest["lattice"]["crs_wkt"])
 
 
 def check_pixels(claims: Claims) -> str:
@@ -411,17 +404,10 @@ def _whole_in(claims: Claims, window: Window, mask_HW: NDArray[np.uint8]) -> Cal
 
 
 def _published_in(claims: Claims, window: Window) -> dict[str, shapely.Polygon]:
-    """Published footprints that meet a window, by id, in the CRS that they have."""
-    lattice = claims.lattice
-    box = shapely.box(*lattice.bounds(window.pad(2)))
-    frame = pyogrio.read_dataframe(claims.geopackage, layer=LAYER, columns=["building_id"], bbox=_bbox(claims, box))
+    """Published footprints that meet a window, by id."""
+    bbox = claims.lattice.bounds(window.pad(2))
+    frame = pyogrio.read_dataframe(claims.geopackage, layer=LAYER, columns=["building_id"], bbox=bbox)
     return dict(zip(frame["building_id"], frame.geometry, strict=True))
-
-
-def _bbox(claims: Claims, box: shapely.Polygon) -> tuple[float, float, float, float]:
-    to = Transformer.from_crs(CRS.from_wkt(claims.lattice.crs_wkt), _published_crs(claims), always_xy=True)
-    xmin, ymin, xmax, ymax = to.transform_bounds(*box.bounds)
-    return xmin, ymin, xmax, ymax
 
 
 def _is_alike(claims: Claims, published: shapely.Polygon, outline: shapely.Polygon) -> bool:

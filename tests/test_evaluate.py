@@ -307,6 +307,10 @@ def test_a_folder_of_masks_is_one_truth(run: Path, mask_HW: NDArray[np.uint8], t
         )
     whole = evaluate_run(run, write_raster(tmp_path / "truth.tif", truth_HW))
     assert evaluate_run(run, tmp_path / "gt").whole == whole.whole
+    # A mask of the other side of the Earth is none of this run's.
+    write_raster(tmp_path / "gt" / "austin1.tif", truth_HW, Affine(0.3, 0, 600_000, 0, -0.3, 3_300_000), "EPSG:32614")
+    assert evaluate_run(run, tmp_path / "gt").whole == whole.whole
+    refused(run, tmp_path / "gt" / "austin1.tif", "does not overlap", "EPSG:32614")
     (tmp_path / "empty").mkdir()
     refused(run, tmp_path / "empty", "no mask raster in this folder")
 
