@@ -81,7 +81,7 @@ class Patience:
 
 
 FOR_A_TILE = Patience(5.0, 15.0, 3, 0.3)
-FOR_A_STORE = Patience(15.0, 25.0, 12, 0.3)
+FOR_A_STORE = Patience(15.0, 25.0, 40, 0.3)
 """At the worst 15 s of silence, and 15 more from second 25 on: a bucket that is gone is told within a minute."""
 ONCE = Patience(5.0, 5.0, 1, 0.3)
 """For what is nice to have: nobody waits for it twice."""
@@ -189,7 +189,7 @@ class BucketFolder:
         import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        mode: Any = "create" if tag is None else {"e_tag": tag, "version": None}
+        mode: Any = "create" if tag is None else {"e_tag": tag}
         with self.errors(name):
             try:
                 return str(obstore.put(self._store(), name, data, mode=mode)["e_tag"])
@@ -320,7 +320,9 @@ class BucketFolder:
             kind, words = _explained(error)
             if kind == "missing":
                 raise FileNotFoundError(f"{self.file(name)}: {words}") from None
-            raise StorageError(f"{self.file(name) if name else self.url}: {words}") from None
+            address = _endpoint(self.url, _bucket_and_key(self.url)[0])[0]
+            server = "" if address is None else f"; its server is {address}"
+            raise StorageError(f"{self.file(name) if name else self.url}: {words}{server}") from None
 
     def _store(self, below: str = "") -> S3Store:
         bucket, key = _bucket_and_key(self.url)
