@@ -263,6 +263,15 @@ class PublishConfig(_Section):
     tile_masks: bool = Field(False, description="true or false")
 
 
+class OutputsConfig(_Section):
+    """Vector formats besides the GeoPackage, and the CRS of their files; null: the grid's, which the GeoPackage has."""
+
+    formats: Annotated[
+        tuple[Literal["geoparquet", "flatgeobuf", "filegdb", "geojson"], ...], BeforeValidator(_as_tuple)
+    ] = Field((), description="a list of some of geoparquet, flatgeobuf, filegdb, geojson")
+    crs: Text | None = Field(None, description="null, or a coordinate system such as EPSG:4326")
+
+
 class _Job(_Section):
     """A YAML file as a value; paths in it are relative to the file's folder."""
 
@@ -317,6 +326,9 @@ class CityConfig(_Job):
     vectorize: VectorizeConfig = Field(VectorizeConfig(), description="keys and values such as {threshold: 0.4}")
     cluster: ClusterConfig = Field(LocalConfig(), description="keys and values such as {workers: 2}")
     publish: PublishConfig = Field(PublishConfig(), description="keys and values such as {tile_masks: true}")
+    outputs: OutputsConfig = Field(
+        OutputsConfig(), description="keys and values such as {formats: [geoparquet], crs: EPSG:4326}"
+    )
     store: StoreConfig = Field(StoreConfig(), description="keys and values such as {keep: all}")
     storage: StorageConfig = Field(StorageConfig(), description="keys and values such as {region: eu-central-1}")
 

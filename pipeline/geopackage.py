@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
@@ -21,22 +22,39 @@ from segpipe.tasks.errors import RunError
 from . import changes
 from .beside import partial_path, remove_with_siblings, write_error
 from .rows import BATCH_ROWS, SCHEMA, CheckedStream, RowsDigest, Written
-from .styles import CHANGES_QML, STYLE_QML, VERDICTS_QML
+from .styles import CHANGES_QML, CONFIDENCE_QML, VERDICTS_QML
 
 LAYER = "buildings"
 CHANGES_LAYER = "changes"
 VERDICTS_LAYER = "evaluation"
 
 
-def write_geopackage(path: Path, batches: Iterable[pa.RecordBatch], crs_wkt: str) -> Written:
+def write_geopackage(
+    path: Path, batches: Iterable[pa.RecordBatch], crs_wkt: str, about: Mapping[str, str] | None = None
+) -> Written:
     """Write footprints as layer `buildings`, in the order given, with a spatial index and a default QGIS style.
 
     The batches have the columns of SCHEMA. They are checked as they stream through (valid Polygons only), and the file
     is read back: number, extent and rows must be those that went in. Raises RunError otherwise, and leaves no file.
+    about: what the file's metadata say.
     """
     remove_with_siblings(path)
     with _whole_or_gone(path):
-        return _write_checked(path, LAYER, CheckedStream(batches, SCHEMA), crs_wkt, STYLE_QML, "translucent outlines")
+        stream = CheckedStream(batches, SCHEMA)
+        written = _write_checked(path, LAYER, stream, crs_wkt, CONFIDENCE_QML, "by confidence")
+        if about:
+            _add_metadata(path, about)
+        return written
+
+
+def add_layer(path: Path, layer: str, rows: pa.RecordBatch, crs_wkt: str, qml: str) -> None:
+    """Add a small layer of polygons, some of which may be missing, to a written GeoPackage, with its default style.
+
+    Raises RunError, and leaves no file.
+    """
+    with _whole_or_gone(path):
+        batches = (rows.slice(first, BATCH_ROWS) for first in range(0, rows.num_rows, BATCH_ROWS))
+        _write_checked(path, layer, CheckedStream(batches, rows.schema, may_miss=True), crs_wkt, qml, layer)
 
 
 def add_changes(path: Path, batches: Iterable[pa.RecordBatch], crs_wkt: str) -> dict[str, int]:
@@ -178,6 +196,43 @@ def _check_layer(path: Path, layer: str, schema: pa.Schema, written: Written) ->
         raise RunError(f"{path}: extent {info['total_bounds']} found in {layer} after writing {written.bounds}")
     if layer_digest(path, layer, schema, {}) != written.digest:
         raise RunError(f"{path}: the rows of {layer} read back are not those written; the disk may be faulty")
+
+
+def _add_metadata(path: Path, about: Mapping[str, str]) -> None:
+    """Put items into the tables of the GeoPackage metadata extension, as GDAL writes and shows them."""
+    items = ElementTree.Element("GDALMultiDomainMetadata")
+    metadata = ElementTree.SubElement(items, "Metadata")
+    for key, value in about.items():
+        ElementTree.SubElement(metadata, "MDI", key=key).text = value
+    with closing(sqlite3.connect(path)) as database, database:
+        database.executescript(METADATA_TABLES)
+        database.execute(
+            "INSERT INTO gpkg_metadata (md_scope, md_standard_uri, mime_type, metadata)"
+            " VALUES ('dataset', 'http://gdal.org', 'text/xml', ?)",
+            (ElementTree.tostring(items, encoding="unicode"),),
+        )
+        database.execute(
+            "INSERT INTO gpkg_metadata_reference (reference_scope, md_file_id) VALUES ('geopackage', 1)",
+        )
+
+
+METADATA_TABLES = """
+CREATE TABLE gpkg_metadata (
+    id INTEGER CONSTRAINT m_pk PRIMARY KEY ASC NOT NULL, md_scope TEXT NOT NULL DEFAULT 'dataset',
+    md_standard_uri TEXT NOT NULL, mime_type TEXT NOT NULL DEFAULT 'text/xml', metadata TEXT NOT NULL DEFAULT ''
+);
+CREATE TABLE gpkg_metadata_reference (
+    reference_scope TEXT NOT NULL, table_name TEXT, column_name TEXT, row_id_value INTEGER,
+    timestamp DATETIME NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ','now')), md_file_id INTEGER NOT NULL,
+    md_parent_id INTEGER, CONSTRAINT crmr_mfi_fk FOREIGN KEY (md_file_id) REFERENCES gpkg_metadata(id),
+    CONSTRAINT crmr_mpi_fk FOREIGN KEY (md_parent_id) REFERENCES gpkg_metadata(id)
+);
+INSERT INTO gpkg_extensions VALUES
+    ('gpkg_metadata', NULL, 'gpkg_metadata', 'http://www.geopackage.org/spec120/#extension_metadata', 'read-write'),
+    ('gpkg_metadata_reference', NULL, 'gpkg_metadata', 'http://www.geopackage.org/spec120/#extension_metadata',
+     'read-write');
+"""
+"""The extension's own definitions (OGC 12-128r15, F.8)."""
 
 
 def _add_style(path: Path, layer: str, qml: str, description: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from .publish import Published
 
 MANIFEST = "manifest.json"
-OUTPUTS = ("mask.tif", "probability.tif", "preview.png", "report.html")
+OUTPUTS = ("mask.tif", "probability.tif", "preview.png", "report.html", "probability.qml", "item.json")
 """What is published besides the GeoPackage."""
 TRACES = ("settled.json", "ledger")
 """What a run leaves in its folder before it writes anything else there."""
@@ -182,6 +183,22 @@ def revoke(folder: Folder | Path, rows_digest: str | None = None) -> dict[str, s
     return {name: begun | {own[name]} if name in own else begun for name in geopackages(place)}
 
 
+def begin_files(folder: Folder, names: Iterable[str]) -> None:
+    """Say that files of these names are about to be written: they are ours, even if the run is killed on the way."""
+    manifest = _read(folder)
+    begun = {*_texts(manifest.get("files_begun")), *names}
+    folder.write(MANIFEST, as_json(manifest | {"files_begun": sorted(begun)}))
+
+
+def own_files(folder: Folder) -> set[str]:
+    """Names of files that runs have written or begun to write in a folder, be they still there or not."""
+    return {*outputs_of(folder), *_texts(_read(folder).get("files_begun"))}
+
+
+def _texts(value: object) -> list[str]:
+    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
+
+
 def outputs_of(folder: Folder) -> list[str]:
     """Names of the files that the last manifest tells of, be they still there or not."""
     outputs = _read(folder).get("outputs")
@@ -258,7 +275,7 @@ def make_manifest(config: CityConfig, plan: Plan, state: dict[str, Any], publish
     ]
     own, begun = _digests(_read(plan.folder))
     others = {*geopackages(plan.folder)} - {published.geopackage.name}
-    outputs = (published.geopackage.name, *OUTPUTS, *published.tile_masks)
+    outputs = (published.geopackage.name, *OUTPUTS, *published.tile_masks, *published.files)
     return {
         "name": plan.name,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

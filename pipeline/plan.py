@@ -35,8 +35,9 @@ from segpipe.tasks.vectorize import VectorSettings
 
 from .config import CityConfig, ClusterConfig, LocalConfig
 from .district import District, resolve_area
+from .formats import check_not_foreign, resolve_crs
 from .inputs import ASKED_AT_ONCE, find_images
-from .manifest import check_folder_is_ours
+from .manifest import check_folder_is_ours, own_files
 from .place import Placed, check_scattered, ground_m, place_tiles, settled_mosaics, tile_crs
 from .storage import Folder, LocalFolder, desk_of
 from .store import Layout
@@ -281,6 +282,8 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None, crew: Cr
     folder, storage = check_folder(config.folder), config.find_buckets()
     output = desk_of(folder)
     check_folder_is_ours(folder, config.file)
+    resolve_crs(config.outputs.crs)
+    check_not_foreign(folder.top(), own_files(folder), config.outputs.formats)
     model = find_model(config.model, config.file.parent)
     card = _card(model, config.module)
     headers, left_out = read_headers(find_images(config.images, config), skip=config.on_tile_error == "skip")

@@ -20,21 +20,24 @@ from segpipe.tasks.grid import Window
 from segpipe.tasks.neighbours import bounds_of, keep_apart
 from segpipe.tasks.predict import INVALID
 from segpipe.tasks.regularize import REACH_PX
-from segpipe.tasks.vectorize import Buildings, mask_of
+from segpipe.tasks.vectorize import FULL_U8, Buildings, mask_of
 
 from . import changes, manifest
 from .allocator import give_freed_memory_back
 from .beside import partial_path
 from .config import CityConfig
 from .flow import Block
+from .formats import FILES, remove_formats, resolve_crs, write_formats
 from .geopackage import CHANGES_LAYER, add_changes, read_rows, write_geopackage
 from .placing import find_published, place_geopackage
 from .plan import Plan
 from .progress import Listener, StageSums
-from .rasters import write_cog
+from .rasters import PROBABILITY_SCALE, Look, write_cog
 from .rows import BATCH_ROWS
+from .run_layers import about, add_run_layers
 from .stages import Receipt, Site, cell_unit, read_fragment, read_joined, read_probability, tile_unit
 from .storage import write_bytes
+from .styles import PROBABILITY_QML, ramp_rgb
 from .tile_masks import write_tile_masks
 
 ORDER_CELL_PX = 4096
@@ -46,7 +49,8 @@ class Published:
     """What a run has published.
 
     changes: buildings added, removed and modified since the last publishing; validity: invalid pixels by reason;
-    skipped: tiles that could not be read, and why; tile_masks: paths of the masks of single tiles in the run folder.
+    skipped: tiles that could not be read, and why; tile_masks, files: paths in the run folder of the masks of
+    single tiles and of the footprints in other formats.
     """
 
     geopackage: Path
@@ -61,6 +65,7 @@ class Published:
     notes: tuple[str, ...]
     stages: dict[str, StageSums]
     tile_masks: tuple[str, ...]
+    files: tuple[str, ...]
 
 
 def publish_all(
@@ -92,7 +97,7 @@ def publish_all(
     write_cog(folder / "mask.tif", read_mask, plan.bounds, plan.lattice, resampling="mode", block_px=block_px)
     give_freed_memory_back()
     rows = batches_in_order(site, homes, _imagery(plan, skipped, valid))
-    written = write_geopackage(geopackage, area.of(rows), plan.lattice.crs_wkt)
+    written = write_geopackage(geopackage, area.of(rows), plan.lattice.crs_wkt, about(plan))
     give_freed_memory_back()
     write_cog(
         folder / "probability.tif",
@@ -101,7 +106,9 @@ def publish_all(
         plan.lattice,
         resampling="average",
         block_px=block_px,
+        look=Look(PROBABILITY_SCALE, {value: ramp_rgb(value * PROBABILITY_SCALE) for value in range(FULL_U8 + 1)}),
     )
+    write_bytes(folder / "probability.qml", PROBABILITY_QML.encode())
     give_freed_memory_back()
     asked_for = plan.tiles if config.publish.tile_masks else ()
     tile_masks = write_tile_masks(folder, folder / "mask.tif", asked_for, plan.lattice)
@@ -109,12 +116,16 @@ def publish_all(
     left: list[str] = []
     known = manifest.revoke(plan.folder, written.digest)
     changed = write_changes(plan, geopackage, written.digest, known, listener)
+    counts = {"buildings": written.features, "buildings_m2": round(area.total, 2)}
+    counts |= {"mask_px": mask_px, "valid_px": valid_px}
+    add_run_layers(geopackage, plan, skipped, config.resolved_yaml(), counts)
     placed = place_geopackage(
         geopackage,
         folder,
         known,
         lambda path, why: left.append(f"{path.name} {why}, and is left alone"),
     )
+    files = _other_formats(config, plan, placed)
     if left:
         notes.append(f"{'; '.join(left)}; the new one is {plan.folder.file(placed.name)}")
         listener.say(notes[-1])
@@ -138,7 +149,17 @@ def publish_all(
         notes=tuple(notes),
         stages=listener.stages,
         tile_masks=tuple(tile_masks),
+        files=tuple(files),
     )
+
+
+def _other_formats(config: CityConfig, plan: Plan, geopackage: Path) -> list[str]:
+    """Write the footprints in the formats that are asked for, and delete those that earlier runs were asked for."""
+    asked, own = config.outputs.formats, manifest.own_files(plan.folder)
+    manifest.begin_files(plan.folder, [FILES[each] for each in asked])
+    remove_formats(plan.output, asked, own)
+    out_wkt = resolve_crs(config.outputs.crs)
+    return write_formats(plan.output, geopackage, asked, plan.lattice.crs_wkt, out_wkt)
 
 
 def read_in_area(site: Site, window: Window) -> NDArray[np.uint8]:

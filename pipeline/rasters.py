@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import rasterio.shutil
 import rasterio.windows
 from numpy.typing import NDArray
 from rasterio._err import CPLE_BaseError  # the base of what rasterio.shutil.copy raises; it has no public name
+from rasterio.enums import Resampling
 
 from segpipe.tasks.grid import Lattice, Window
 from segpipe.tasks.predict import INVALID
@@ -24,6 +26,18 @@ TILE_PX = 512
 """Internal tiles of the COGs."""
 
 
+PROBABILITY_SCALE = 0.004
+"""Stored values times this are probabilities: 250 is 1."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a raster's values mean and how they are shown: value x scale, and a colour (red, green, blue) for each."""
+
+    scale: float
+    colours: Mapping[int, tuple[int, int, int]]
+
+
 def write_cog(
     path: Path,
     read: Callable[[Window], NDArray[Any]],
@@ -32,12 +46,14 @@ def write_cog(
     *,
     resampling: Literal["mode", "average"],
     block_px: int,
+    look: Look | None = None,
 ) -> None:
     """Write the raster that covers window as a cloud-optimised GeoTIFF with overviews, and rename it to path.
 
     read gives uint8 pixels (height, width) of a part of window, 255 for nodata; it is called once per part, of block_px
     x block_px rounded down to whole internal tiles. Areas of nothing but nodata take no space. The pixels are read back
-    and compared. Raises RunError if that fails or the disk is full; unfinished files are removed.
+    and compared. look: what the values mean, and how they are shown. Raises RunError if that fails or the disk is full;
+    unfinished files are removed.
     """
     if not window.pixels:
         raise ValueError(f"window of {window.height} x {window.width} px: a raster has at least one pixel")
@@ -48,7 +64,10 @@ def write_cog(
     try:
         with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES, GDAL_NUM_THREADS="ALL_CPUS"):
             checksum = _write_flat(flat, read, window, lattice, parts)
-            options |= {"BLOCKSIZE": str(TILE_PX), "OVERVIEWS": "IGNORE_EXISTING", "SPARSE_OK": "YES"}
+            if look is not None:
+                _give_look(flat, look, resampling, max(window.shape_yx))
+            options |= {"BLOCKSIZE": str(TILE_PX), "SPARSE_OK": "YES"}
+            options["OVERVIEWS"] = "IGNORE_EXISTING" if look is None else "AUTO"
             options["OVERVIEW_RESAMPLING"] = resampling.upper()
             rasterio.shutil.copy(flat, cog, driver="COG", **options)
             _check_cog(cog, window, parts, checksum)
@@ -88,6 +107,17 @@ def _write_flat(
             if (pixels_HW != INVALID).any():
                 raster.write(pixels_HW, 1, window=_rasterio_window(part, window))
     return checksum
+
+
+def _give_look(path: Path, look: Look, resampling: Literal["mode", "average"], side_px: int) -> None:
+    """Overviews, then scale and colours: of a raster with a colour table GDAL would average colours, not values."""
+    factors = [2**n for n in range(1, 32) if side_px > TILE_PX * 2 ** (n - 1)]
+    if factors:
+        with rasterio.Env(SPARSE_OK_OVERVIEW="YES"), rasterio.open(path, "r+") as raster:
+            raster.build_overviews(factors, Resampling[resampling])
+    with rasterio.open(path, "r+") as raster:
+        raster.scales, raster.offsets = (look.scale,), (0.0,)
+        raster.write_colormap(1, dict(look.colours))
 
 
 def _check_cog(path: Path, window: Window, parts: list[Window], checksum: int) -> None:

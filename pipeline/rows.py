@@ -42,10 +42,13 @@ class CheckedStream:
         batches: Iterable[pa.RecordBatch],
         schema: pa.Schema,
         geometry_type: Literal["Polygon", "MultiPolygon"] = "Polygon",
+        may_miss: bool = False,
     ) -> None:
+        """may_miss: rows without a geometry are let through."""
         self._batches = batches
         self.schema = schema
         self.geometry_type = geometry_type
+        self._may_miss = may_miss
         self.features = 0
         self.bounds: tuple[float, float, float, float] | None = None
         self.digest = RowsDigest(schema)
@@ -68,11 +71,13 @@ class CheckedStream:
         expected = shapely.GeometryType[self.geometry_type.upper()]
         good = (shapely.get_type_id(geometries) == expected) & shapely.is_valid(geometries)
         good &= ~shapely.is_empty(geometries)
+        if self._may_miss:
+            good |= shapely.is_missing(geometries)
         if not good.all():
             row = int(np.flatnonzero(~good)[0])
             reason = shapely.is_valid_reason(geometries[row])
             raise RunError(f"building {batch.column('building_id')[row]}: not a valid {self.geometry_type} ({reason})")
-        if batch.num_rows:
+        if not shapely.is_missing(geometries).all():
             bounds = shapely.total_bounds(geometries)
             if self.bounds is not None:
                 bounds = np.concatenate([np.minimum(bounds, self.bounds)[:2], np.maximum(bounds, self.bounds)[2:]])

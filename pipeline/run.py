@@ -28,6 +28,7 @@ from .plan import Plan, make_plan
 from .progress import Listener, watching
 from .publish import Published
 from .run_report import write_preview_and_report
+from .stac_item import write_item
 from .stages import Site, forget_damaged
 from .status import following
 from .storage import OWN_FOLDERS, Folder, LocalFolder, folder_at, remove_leftovers
@@ -37,6 +38,8 @@ from .verify import verify_quickly
 SETTLED = "settled.json"
 MOST_PASSES = 4
 """Passes over a city at most that heal what is damaged."""
+DESCRIBED = ("mask.tif", "probability.tif", "preview.png", "report.html")
+"""What the STAC Item tells of, besides vectors."""
 LOOKED_AT = 40
 """Tiles at most that a dry run reads."""
 
@@ -67,6 +70,8 @@ def map_city(config: CityConfig, console: Console, fresh: bool = False, performa
         prepare_store(folder, plan.layout)
         published = run_plan(config, plan, listener, cluster, performance)
         write_preview_and_report(config, plan, published, listener.started)
+        named = [published.geopackage.name, *DESCRIBED, *published.files]
+        write_item(plan.output, plan.name, named, plan.lattice, plan.bounds, {"title": f"Buildings of {plan.name}"})
         done = manifest.make_manifest(config, plan, state, published)
         for label, text in verify_quickly(plan.output, done):
             listener.say(f"{label:>10}  {text}")

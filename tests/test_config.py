@@ -69,6 +69,8 @@ def test_the_least_that_works_has_the_defaults_of_the_contract(tmp_path: Path) -
         },
         "cluster": {"kind": "local", "workers": "auto", "threads": "auto", "memory": "auto"},
         "publish": {"tile_masks": False},
+        "outputs": {"formats": (), "crs": None},
+        "storage": {"endpoint": None, "region": None, "anonymous": False},
         "store": {"keep": "all"},
     }
 

@@ -1,5 +1,6 @@
 """Laws of publishing: what is published is what went in, whole or not at all, and nobody's work is written over."""
 
+import itertools
 import resource
 import shutil
 import sqlite3
@@ -131,18 +132,20 @@ def test_geopackage_is_version_1_2_with_an_index_and_registered_tables(tmp_path:
     assert contents == [("buildings", "features"), ("layer_styles", "attributes")]
 
 
-def test_the_default_style_is_a_translucent_fill_with_an_outline_where_qgis_looks_for_it(tmp_path: Path) -> None:
+def test_the_default_style_colours_by_confidence_where_qgis_looks_for_it(tmp_path: Path) -> None:
     path = tmp_path / "buildings.gpkg"
     write(path, 1)
     key = "f_table_catalog, f_table_schema, f_table_name, f_geometry_column, useAsDefault"
     [(*found, qml)] = query(path, f"SELECT {key}, styleQML FROM layer_styles")
     assert found == ["", "", "buildings", "geom", 1]
-    style = ElementTree.fromstring(str(qml))
-    assert style.find("renderer-v2/symbols/symbol").attrib["type"] == "fill"  # type: ignore[union-attr]
-    options = {option.get("name"): option.get("value", "") for option in style.iter("Option")}
-    assert 0 < int(options["color"].split(",")[3]) < 128
-    assert int(options["outline_color"].split(",")[3]) == 255
-    assert options["outline_style"] == "solid"
+    renderer = ElementTree.fromstring(str(qml)).find("renderer-v2")
+    assert renderer is not None
+    assert (renderer.get("type"), renderer.get("attr")) == ("graduatedSymbol", "confidence")
+    limits = [(float(it.get("lower", "")), float(it.get("upper", ""))) for it in renderer.iter("range")]
+    assert (limits[0][0], limits[-1][1]) == (0, 1)
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(limits)), "every confidence has a colour"
+    fills = [it.find("layer/prop[@k='color']") for it in renderer.iter("symbol")]
+    assert len({it.get("v") for it in fills if it is not None}) == len(limits)
 
 
 def test_changes_stand_beside_the_buildings_unchanged_with_index_style_and_nulls(tmp_path: Path) -> None:
