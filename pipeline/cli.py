@@ -240,6 +240,9 @@ def evaluate(
 ) -> None:
     """Compare each RUN with the truth, by pixels and by buildings: tables, a layer for QGIS, the worst places."""
     with _told(debug):
+        from .allocator import spare_memory
+
+        spare_memory()
         from .evaluate import evaluate_to
 
         folder = output or (runs[0] / "evaluation" if len(runs) == 1 else Path("evaluation"))
@@ -253,6 +256,9 @@ def evaluate(
 def verify(run: Path, debug: bool) -> None:
     """Prove the outputs of a RUN from themselves and its manifest; exit code 1 with the first difference."""
     with _told(debug):
+        from .allocator import spare_memory
+
+        spare_memory()
         from .verify import verify_run
 
         for name, text in verify_run(run):

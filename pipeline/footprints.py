@@ -21,7 +21,7 @@ from segpipe.tasks.outlines import Geometries
 CELL_PX = 2048
 FOUND, TRUE = 0, 1
 """The two kinds of footprints."""
-CACHE_KIB = 16 * 1024
+CACHE_KIB = 4 * 1024
 
 Cell = tuple[int, int]
 
