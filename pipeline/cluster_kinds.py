@@ -16,9 +16,11 @@ from typing import Any
 from segpipe.tasks.errors import UserError
 
 from .allocator import WORKER_ENVIRONMENT
-from .cluster import OWN_FAILURES, WORKER_TIMEOUT_S, Cluster, Distributed, Pool, Standing
+from .cluster import Cluster, Pool, Standing
 from .cluster_check import Facts, Tls, address_in, check_address, choose_crew, facts_here, own_versions, tls_context
 from .cluster_local import close_soon, local_pool
+from .cluster_pool import OWN_FAILURES, Distributed
+from .cluster_worker import WORKER_TIMEOUT_S
 from .config import CityConfig, ClassConfig, SchedulerConfig, SlurmConfig, TlsConfig
 from .plan import Plan
 

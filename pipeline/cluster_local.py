@@ -13,7 +13,8 @@ from typing import Any
 
 from segpipe.tasks.errors import RunError
 
-from .cluster import Distributed, Pool
+from .cluster import Pool
+from .cluster_pool import Distributed
 from .devices import one_device_each
 from .plan import Plan
 

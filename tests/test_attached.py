@@ -14,9 +14,10 @@ from conftest import City, map_it, outputs, tasks_done
 from deeds import DEED, DIARY, fragile_city
 from hosts import DRIVER, Certificates, Hosts, wait_until
 
-from segpipe.pipeline import cluster, cluster_kinds, run
-from segpipe.pipeline.cluster import Distributed, Outcome
+from segpipe.pipeline import cluster_kinds, cluster_pool, run
+from segpipe.pipeline.cluster import Outcome
 from segpipe.pipeline.cluster_check import Facts, choose_crew
+from segpipe.pipeline.cluster_pool import Distributed
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.run import check_cluster
 from segpipe.pipeline.storage import folder_at
@@ -125,7 +126,7 @@ def test_a_worker_of_another_version_is_refused_by_name(
 ) -> None:
     hosts.scheduler()
     hosts.worker("old one")
-    monkeypatch.setattr(cluster, "own_versions", lambda: {"segpipe": "9", "torch": "9", "zarr": "9", "dask": "9"})
+    monkeypatch.setattr(cluster_pool, "own_versions", lambda: {"segpipe": "9", "torch": "9", "zarr": "9", "dask": "9"})
     with pytest.raises(UserError, match=r"worker old one \(tcp://.*it has segpipe .*; expected 9, as the driver"):
         map_it(on(city, hosts), "output=older")
     assert not tasks_done(city.folder / "older")

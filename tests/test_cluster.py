@@ -22,8 +22,9 @@ from distributed import LocalCluster
 from rich.console import Console
 
 from segpipe.models.weights import load_bundle, save_bundle
-from segpipe.pipeline import cluster, cluster_check, cluster_kinds, devices, run
-from segpipe.pipeline.cluster import Distributed, InProcess, Outcome, Task
+from segpipe.pipeline import cluster_check, cluster_kinds, cluster_pool, cluster_worker, devices, run
+from segpipe.pipeline.cluster import InProcess, Outcome, Task
+from segpipe.pipeline.cluster_pool import Distributed
 from segpipe.pipeline.config import load_city, with_scheduler
 from segpipe.pipeline.plan import Plan, make_plan
 from segpipe.pipeline.stages import Receipt, Site
@@ -233,7 +234,7 @@ def test_a_running_scheduler_gives_the_same_bytes_and_keeps_nothing_of_the_run(
     address = scheduler(protocol="tcp", host="127.0.0.1", resources={"GPU": 1})
     attach(city, address, "attached")
     assert outputs(city.folder / "attached") == outputs(city.folder / "twin")
-    assert not cluster._sites
+    assert not cluster_worker._sites
 
 
 def test_a_scheduler_without_the_resource_gpu_is_refused_before_any_work(
@@ -269,8 +270,8 @@ def test_a_run_whose_last_gpu_worker_leaves_ends_and_says_how_to_go_on(
         return outcome
 
     monkeypatch.setattr(Distributed, "next", leaving)
-    monkeypatch.setattr(cluster, "LOOK_EVERY_S", 0.1)
-    monkeypatch.setattr(cluster, "GONE_FOR_S", 0.3)
+    monkeypatch.setattr(cluster_pool, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(cluster_pool, "GONE_FOR_S", 0.3)
     with pytest.raises(RunError, match=r"no worker .* is kept; start workers .* run the same command again"):
         attach(city, address, "left alone")
     assert tasks_done(city.folder / "left alone")
@@ -309,11 +310,11 @@ def test_two_plans_share_a_worker(city: City) -> None:
 
     plan = pickle.dumps(make_plan(load_city(city.config)))
     for name in ("one", "other"):
-        cluster._take_plan(name, plan, cluster_check.own_versions(), False)
-    cluster._leave_plan("one")
-    cluster._leave_plan("one")
-    assert set(cluster._sites) == {"other"}
-    cluster._leave_plan("other")
+        cluster_worker._take_plan(name, plan, cluster_check.own_versions(), False)
+    cluster_worker._leave_plan("one")
+    cluster_worker._leave_plan("one")
+    assert set(cluster_worker._sites) == {"other"}
+    cluster_worker._leave_plan("other")
 
 
 def test_a_worker_that_cannot_honour_the_recipe_is_refused(city: City, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from conftest import City, map_it, outputs, tasks_done
 from deeds import DEED, DIARY, fragile_city
 
 from segpipe.pipeline import cluster_slurm
-from segpipe.pipeline.cluster import Distributed, Outcome
+from segpipe.pipeline.cluster import Outcome
+from segpipe.pipeline.cluster_pool import Distributed
 from segpipe.pipeline.cluster_slurm import SlurmJobs
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.run import check_cluster
