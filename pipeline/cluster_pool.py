@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from segpipe.tasks.errors import RunError, UserError, WorkerError
 from .cluster import GpuUse, Jobs, Outcome, Standing, Task
 from .cluster_check import own_versions
 from .cluster_worker import WORKER_TIMEOUT_S, plugin_name, refusal, site_plugin, work
+from .logs import tell
 from .plan import Plan
 
 LOOK_EVERY_S = 1.0
@@ -66,6 +68,7 @@ class Distributed:
         self._done = as_completed(loop=client.loop, with_results=False, raise_errors=False)
         self._sent: dict[Any, _Sent] = {}
         self._suspects: list[_Sent] = []
+        self._ended: list[Outcome] = []
         self._unfit = dict.fromkeys(unfit, "another kind of device")
         self._workers: Mapping[str, Mapping[str, Any]] = {}
         self._coming = 0
@@ -128,53 +131,54 @@ class Distributed:
 
     def next(self) -> Outcome:
         """Wait for the next task to end. RunError if nobody is left that could end one."""
-        while True:
+        while not self._ended:
             if self._suspects and not any(not sent.alone_on for sent in self._sent.values()):
                 self._try_alone()
-            outcome = self._take() if self._arrived() else None
+            if self._arrived():
+                self._take()
             if time.monotonic() - self._looked >= LOOK_EVERY_S:
-                outcome = self._look() or outcome
-            if outcome is not None:
-                return outcome
+                self._look()
+        return self._ended.pop(0)
 
     def _arrived(self) -> bool:
         """Wait until a task has ended, but not longer than until it is time to look after the workers."""
         with self._done.thread_condition:
             return bool(self._done.thread_condition.wait_for(self._done.has_ready, LOOK_EVERY_S))
 
-    def _take(self) -> Outcome | None:
-        """The outcome of a task that has ended; None if it is to be done again."""
+    def _take(self) -> None:
+        """See what a task has come to that has ended: it may have to be done again."""
         from distributed.scheduler import KilledWorker
 
         future = next(self._done)
         sent = self._sent.get(future)
         if sent is None:
-            return None  # taken back: its worker was gone
+            return  # taken back: its worker was gone
         if future.cancelled():
             raise _scheduler_lost()
         if future.status == "error":
             error = future.exception()
             del self._sent[future]
             if isinstance(error, KilledWorker):
-                return self._suspect(sent)
-            if isinstance(error, WorkerError) and error.worker:
+                self._suspect(sent)
+            elif isinstance(error, WorkerError) and error.worker:
                 self._leave_out(error)
                 self._send(sent)
-                return None
-            return Outcome(sent.task, None, error, "")
+            else:
+                self._ended.append(Outcome(sent.task, None, error, ""))
+            return
         if future.status == "finished":
             with contextlib.suppress(Exception, asyncio.CancelledError):
                 receipt, worker = future.result(timeout=WORKER_TIMEOUT_S)
                 del self._sent[future]
                 self._busy_s += receipt.seconds if sent.task.gpu else 0.0
-                return Outcome(sent.task, receipt, None, worker)
+                self._ended.append(Outcome(sent.task, receipt, None, worker))
+                return
         self._done.add(future)
-        return None
 
     # Looking after the workers
 
-    def _look(self) -> Outcome | None:
-        """See who is there, and replace what was lost. An outcome, if a task has gone down alone with its worker."""
+    def _look(self) -> None:
+        """See who is there, replace what was lost, and take back what was sent to one alone who is gone."""
         if self._client.status not in ("running", "connecting"):
             raise _scheduler_lost()
         now = time.monotonic()
@@ -200,9 +204,7 @@ class Distributed:
                 # Sent to that one alone it would wait for ever.
                 del self._sent[future]
                 future.cancel()
-                if (outcome := self._suspect(sent, sure=False)) is not None:
-                    return outcome
-        return None
+                self._suspect(sent, sure=False)
 
     def _has_worker(self) -> bool:
         """True if some task that is under way has a worker that it could run on, or none is under way."""
@@ -211,6 +213,8 @@ class Distributed:
         return not tasks or any(_has_gpu(worker) or not task.gpu for worker in fit for task in tasks)
 
     def _leave_out(self, error: WorkerError) -> None:
+        if error.worker not in self._unfit:
+            tell(f"worker {self._name(error.worker)} is left out: {error}", logging.WARNING, event="left out")
         self._unfit[error.worker] = str(error)
 
     def _told_of_unfit(self) -> str:
@@ -232,8 +236,8 @@ class Distributed:
             elif sent.task.gpu:
                 self._jobs.want_gpus()
 
-    def _suspect(self, sent: _Sent, sure: bool = True) -> Outcome | None:
-        """What becomes of a task whose worker has died: None if it is to be tried (again) alone.
+    def _suspect(self, sent: _Sent, sure: bool = True) -> None:
+        """Set a task aside whose worker has died while it was alone there, or have it tried alone.
 
         sure: the scheduler says that the worker died of it; else it is only gone, perhaps before it had begun.
         """
@@ -241,9 +245,9 @@ class Distributed:
         if address:
             sent.deaths += 1
             if sent.deaths >= MOST_LOST or (self._comes_back(sent.name) and (sure or sent.deaths > 1)):
-                return Outcome(sent.task, None, RunError(self._cause(address, sent.name)), "")
+                self._ended.append(Outcome(sent.task, None, RunError(self._cause(address, sent.name)), ""))
+                return
         self._suspects.append(sent)
-        return None
 
     def _comes_back(self, name: str) -> bool:
         """Whether a nanny starts a worker anew, so that it was the process alone that died, and not its host or job."""
@@ -325,8 +329,8 @@ class Distributed:
 
     def leave(self) -> None:
         """Let workers that live on drop the plan and the network of this run; those of other runs stay."""
-        self._jobs.end()
         with contextlib.suppress(Exception):
+            self._jobs.end()
             self._client.unregister_worker_plugin(plugin_name(self._run))
 
 
