@@ -48,7 +48,11 @@ def _take_plan(run: str, plan: bytes, versions: Mapping[str, str], check: bool) 
     if check:
         take_own_device()
     try:
-        site = Site(pickle.loads(plan))
+        taken = pickle.loads(plan)
+        if any(site.plan.storage != taken.storage for site in _sites.values()):
+            _refusals[run] = "it works on another run, with another `storage:`; expected the same, or other workers"
+            return
+        site = Site(taken)
     except (AttributeError, ImportError, TypeError) as error:
         _refusals[run] = f"it cannot take the plan: {error}; expected the driver's version of segpipe"
         return

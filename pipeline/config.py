@@ -55,6 +55,12 @@ def _check_path(text: str) -> str:
     return text
 
 
+def _check_local(text: str) -> str:
+    if "://" in text:
+        raise ValueError("is no folder of this machine")
+    return text
+
+
 def _check_output(text: str) -> str:
     if "://" in text and not re.fullmatch(r"s3://[\w.-]+(/[^/]+)+/?", text):
         raise ValueError("is no folder in a bucket")
@@ -530,7 +536,7 @@ class TrainConfig(_Job):
     )
     effective_halo: Literal["measure", "exact"] = Field("measure", description="measure or exact")
     readers: PositiveInt | Auto = Field("auto", description="auto, or a whole number of processes from 1")
-    output: PathText = Field(description="a folder such as runs/buildings")
+    output: Annotated[PathText, AfterValidator(_check_local)] = Field(description="a folder such as runs/buildings")
     bands: BandNumbers = (1, 2, 3)
 
     def _absolute_paths(self) -> dict[str, Any]:

@@ -66,8 +66,21 @@ class Storage:
         return found
 
     def use(self) -> None:
-        """Let this process, with GDAL and the processes that it starts, find buckets there."""
-        os.environ.update(self.environment())
+        """Let this process, with GDAL and the processes that it starts, find buckets there, and no longer elsewhere."""
+        wanted = self.environment()
+        for name in [name for name in _BEFORE if name not in wanted]:
+            value = _BEFORE.pop(name)
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        for name, value in wanted.items():
+            _BEFORE.setdefault(name, os.environ.get(name))
+            os.environ[name] = value
+
+
+_BEFORE: dict[str, str | None] = {}
+"""What the environment said itself of the variables that a Storage has set: a worker lives on for other runs."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ import pytest
 from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
+from segpipe.tasks.bucket import Storage
+
 BUCKET = "city"
 KEY, SECRET = "AKIAKEYOFTHETESTS000", "the+secret/of/the/tests/that/nobody/may/see"
 SERVE = """
@@ -96,6 +98,7 @@ def server_reset(buckets: Buckets) -> None:
 
 def set_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys in the environment; nothing of where the server is, and put back what a run sets."""
+    Storage().use()
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name in ("AWS_S3_ENDPOINT", "AWS_HTTPS", "AWS_VIRTUAL_HOSTING", "AWS_REGION", "AWS_NO_SIGN_REQUEST"):

@@ -311,6 +311,8 @@ def test_a_training_job_is_read_with_its_own_names(tmp_path: Path) -> None:
         load_train(train(tmp_path, areas=[{"images": "a.tif", "label": "c.tif"}]))
     with pytest.raises(UserError, match=r"areas: found \[5\]; expected a list such as"):
         load_train(train(tmp_path, areas=[5]))
+    with pytest.raises(UserError, match=r"output: .*is no folder of this machine; expected a folder"):
+        load_train(train(tmp_path, output="s3://bucket/run"))
 
 
 # Which files are meant by `images:`

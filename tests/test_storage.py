@@ -683,6 +683,9 @@ def test_what_storage_leaves_open_the_environment_says(monkeypatch: pytest.Monke
     bucket.Storage("https://own.example:9000/", anonymous=True).use()
     assert os.environ["AWS_S3_ENDPOINT"] == "own.example:9000"
     assert (os.environ["AWS_HTTPS"], os.environ["AWS_NO_SIGN_REQUEST"]) == ("YES", "YES")
+    bucket.Storage().use()
+    assert os.environ["AWS_S3_ENDPOINT"] == "of.the.environment"
+    assert not {"AWS_HTTPS", "AWS_NO_SIGN_REQUEST", "AWS_REGION"} & os.environ.keys()
 
 
 # Status
