@@ -36,7 +36,7 @@ def write_geopackage(
 
     The batches have the columns of SCHEMA. They are checked as they stream through (valid Polygons only), and the file
     is read back: number, extent and rows must be those that went in. Raises RunError otherwise, and leaves no file.
-    about: what the file's metadata say.
+    about: what the layer's metadata say.
     """
     remove_with_siblings(path)
     with _whole_or_gone(path):
@@ -212,7 +212,9 @@ def _add_metadata(path: Path, about: Mapping[str, str]) -> None:
             (ElementTree.tostring(items, encoding="unicode"),),
         )
         database.execute(
-            "INSERT INTO gpkg_metadata_reference (reference_scope, md_file_id) VALUES ('geopackage', 1)",
+            # Of the layer: where they are of the whole file GDAL 3.12 writes an .aux.xml beside it when it is opened.
+            "INSERT INTO gpkg_metadata_reference (reference_scope, table_name, md_file_id) VALUES ('table', ?, 1)",
+            (LAYER,),
         )
 
 

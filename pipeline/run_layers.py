@@ -49,7 +49,7 @@ SKIPPED_SCHEMA = pa.schema(
 
 
 def about(plan: Plan) -> dict[str, str]:
-    """What a file's metadata say of where it comes from."""
+    """What the metadata of the footprints say of where they come from."""
     return {
         "TITLE": f"Building footprints of {plan.name}",
         "SOFTWARE": f"segpipe {versions()['segpipe']}",

@@ -33,6 +33,7 @@ from segpipe.tasks.evaluate import near
 from segpipe.tasks.grid import Lattice, Window
 from segpipe.tasks.outlines import Geometries
 from segpipe.tasks.predict import INVALID
+from segpipe.tasks.regularize import REACH_PX
 from segpipe.tasks.vectorize import FULL_U8, VectorSettings, building_ids, finish, mask_of, polygonize
 
 from .geopackage import LAYER, rows_digest
@@ -154,7 +155,7 @@ def check_place(claims: Claims) -> str:
     if info["features"] and claims.manifest["area"] is None:
         xmin, ymin, xmax, ymax = info["total_bounds"]
         left, bottom, right, top = lattice.bounds(bounds)
-        slack = 4 * lattice.pixel_size
+        slack = REACH_PX * lattice.pixel_size
         if xmin < left - slack or ymin < bottom - slack or xmax > right + slack or ymax > top + slack:
             raise RunError(f"{claims.geopackage}: footprints reach {info['total_bounds']}, beyond the rasters")
     return f"one CRS and one place, {bounds.width} x {bounds.height} px"

@@ -154,7 +154,8 @@ def test_the_geopackage_says_what_it_was_made_from(city: City) -> None:
         assert styled == {"buildings", "changes", "tiles", "skipped", "run"}
         assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert database.execute("PRAGMA foreign_key_check").fetchall() == []
-    assert "Building footprints of tiny" in str(pyogrio.read_info(path, layer="buildings")["dataset_metadata"])
+    assert "Building footprints of tiny" in str(pyogrio.read_info(path, layer="buildings")["layer_metadata"])
+    assert not [it.name for it in path.parent.iterdir() if it.name.endswith(".aux.xml")]
 
 
 def test_a_tile_that_was_skipped_is_shown_with_its_reason(city: City) -> None:
