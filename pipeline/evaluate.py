@@ -7,7 +7,7 @@ import re
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -81,18 +81,32 @@ def evaluate_runs(
     names = [run.name for run in opened]
     if len(set(names)) < len(names):
         raise UserError(f"runs named {', '.join(names)}; expected runs of different names")
+    with _made(output):
+        return Evaluation(
+            tuple(
+                _evaluate_one(run, truth, layer_path(output, run, len(runs)), truth_id)
+                for run, truth in zip(opened, truths, strict=True)
+            )
+        )
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Have a folder; one that was made for nothing goes again."""
+    is_new = not folder.exists()
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{output}: cannot be made ({error.strerror}); expected a folder to write to; cure: --output"
+            f"{folder}: cannot be made ({error.strerror}); expected a folder to write to; cure: --output"
         ) from None
-    return Evaluation(
-        tuple(
-            _evaluate_one(run, truth, layer_path(output, run, len(runs)), truth_id)
-            for run, truth in zip(opened, truths, strict=True)
-        )
-    )
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def evaluate_to(
@@ -112,7 +126,7 @@ def evaluate_to(
 
 def layer_path(output: Path, run: Run, runs: int) -> Path:
     """Where the layer of a run is written that was evaluated with others."""
-    return output / ("evaluation.gpkg" if runs == 1 else f"{run.name}.gpkg")
+    return output / ("evaluation.gpkg" if runs == 1 else re.sub(r"[^\w.-]+", "_", run.name) + ".gpkg")
 
 
 def read_run(folder: Path, group: str | None = None) -> Run:

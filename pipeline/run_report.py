@@ -12,6 +12,7 @@ from segpipe.tasks.predict import INVALID
 from . import report
 from .config import CityConfig
 from .describe import describe, pixels_seen
+from .formats import FILES
 from .imagery import imagery_of
 from .inputs import versions
 from .plan import Plan, ground_pixel_m
@@ -24,6 +25,7 @@ OUTPUTS = (
     ("mask.tif", "1 building, 0 not, 255 nodata"),
     ("probability.tif", "0 to 250 for 0 to 1, 255 nodata"),
     ("preview.png", "footprints over the imagery"),
+    ("item.json", "a STAC Item: what these files are, with checksums"),
     ("manifest.json", "versions, recipe, digests, counts"),
     ("tasks.jsonl", "a line a task: seconds, bytes, worker"),
     ("city.yaml", "the resolved configuration"),
@@ -70,7 +72,8 @@ def write_preview_and_report(config: CityConfig, plan: Plan, published: Publishe
         warnings=published.notes,
         versions=tuple(versions().items()),
         outputs=(
-            (published.geopackage.name, "layers buildings (the footprints) and changes"),
+            (published.geopackage.name, "layers buildings (the footprints), changes, tiles, skipped and run"),
+            *((FILES[it], "the footprints") for it in config.outputs.formats),
             *([("tile_masks/", "a mask a tile: 255 building, 0 not")] if published.tile_masks else []),
             *OUTPUTS,
         ),

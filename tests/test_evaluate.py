@@ -256,8 +256,9 @@ def test_a_folder_without_a_mask_or_with_a_broken_one_is_refused(run: Path, tmp_
     refused(run, truth, "mask.tif", "not a readable raster")
 
 
-def test_a_truth_that_is_missing_or_no_geodata_is_refused(run: Path, tmp_path: Path) -> None:
+def test_a_truth_that_is_missing_or_no_geodata_is_refused_and_nothing_is_left(run: Path, tmp_path: Path) -> None:
     refused(run, tmp_path / "truth.tif", "truth.tif: no such file")
+    assert not (tmp_path / "out").exists()
     (tmp_path / "truth.tif").write_text("hello")
     refused(run, tmp_path / "truth.tif", "neither a readable raster nor a readable vector file")
 

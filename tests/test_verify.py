@@ -112,6 +112,7 @@ def set_geometry(run: Path, fid: int, shape: shapely.Polygon) -> None:
         {"vectorize": {"min_area_m2": 30, "fill_holes_m2": 20, "simplify_m": 0}},
         {"publish": {"tile_masks": True}},
         {"vectorize": {"min_area_m2": 2, "regularize": "orthogonal"}},
+        {"outputs": {"formats": ["geoparquet", "flatgeobuf", "filegdb", "geojson"], "crs": "EPSG:4326"}},
     ],
 )
 def test_a_finished_run_passes_whatever_its_settings(
