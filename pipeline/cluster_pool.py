@@ -277,13 +277,19 @@ class Distributed:
 
     def _last_words(self, name: str) -> str:
         """What the nanny of a worker has told of the last death of its process; an empty text if it cannot be asked."""
-        addresses = [address for address, worker in self._workers.items() if str(worker["name"]) == name]
-        with contextlib.suppress(Exception):
-            for logs in self._client.get_worker_logs(workers=addresses, nanny=True).values():
-                # The latest comes first.
-                for _, line in logs:
-                    if "Worker process" in line:
-                        return "the process" + str(line).partition("Worker process")[2].partition("\n")[0]
+        deadline = time.monotonic() + WORKER_TIMEOUT_S
+        while time.monotonic() < deadline:
+            addresses = [address for address, worker in self._workers.items() if str(worker["name"]) == name]
+            if not addresses:
+                return ""
+            # Of a worker that has only just been started anew, asking may fail.
+            with contextlib.suppress(Exception):
+                for logs in self._client.get_worker_logs(workers=addresses, nanny=True).values():
+                    # The latest comes first.
+                    for _, line in logs:
+                        if "Worker process" in line:
+                            return "the process" + str(line).partition("Worker process")[2].partition("\n")[0]
+            time.sleep(0.5)
         return ""
 
     def spare_gpus(self) -> None:
