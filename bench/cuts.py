@@ -70,7 +70,7 @@ def workers_of(process: psutil.Popen) -> list[psutil.Process]:
 
 def digests(run: Path) -> tuple[str, str, str]:
     """Digests of rows, probabilities and mask."""
-    from segpipe.pipeline.publish import rows_digest
+    from segpipe.pipeline.geopackage import rows_digest
 
     rasters = []
     for name in ("probability.tif", "mask.tif"):

@@ -69,6 +69,12 @@ def fast_bfloat16(device: torch.device) -> bool:
     return bool(torch.cpu._is_amx_tile_supported()) or _has_avx512_bf16()
 
 
+def is_fast_in_bfloat16(kind: str) -> bool:
+    """The same of a device that another machine has, by its name in a recipe."""
+    family, _, architecture = kind.partition(" ")
+    return int(architecture.removeprefix("sm_")) >= 80 if family == "cuda" else architecture.endswith(("+amx", "+bf16"))
+
+
 def _has_avx512_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 

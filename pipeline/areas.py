@@ -37,9 +37,10 @@ from segpipe.tasks.validity import min_pixels, scan_tile
 
 from .config import AreaConfig, MaskConfig, TrainConfig
 from .inputs import RASTERS, find_images, natural
+from .ledger import Ledger
 from .place import Placed, misfit, on_lattice, place_tiles, tile_crs
 from .plan import ground_pixel_m, key_of, make_tile, read_headers
-from .store import Layout, Ledger, Store, prepare_store
+from .store import Layout, Store, prepare_store
 
 CHUNK_PX = 512
 NODATA_MIN_M2 = 1000.0

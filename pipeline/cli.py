@@ -81,30 +81,35 @@ def _ignore_signals() -> None:
 
 
 @contextmanager
-def _told(debug: bool, again: str = "") -> Iterator[None]:
+def _told(debug: bool, again: str = "", as_json: bool = False) -> Iterator[None]:
     """Turn errors into one line and an exit code: 2 the user's mistake, 1 failed while running.
 
-    again: what is kept of a command that did not end, and how to go on with it.
+    again: what is kept of a command that did not end, and how to go on with it; as_json: the line is one of JSON.
     """
     again = f"; {again}" if again else ""
     try:
         yield
     except KeyboardInterrupt:
-        _end(f"stopped{again}", 1)
+        _end(f"stopped{again}", 1, as_json)
     except Exception as error:
         if debug:
             raise
         if isinstance(error, SegpipeError):
-            _end(str(error), error.exit_code)
+            _end(str(error), error.exit_code, as_json)
         if isinstance(error, OSError):
             where = f"{error.filename}: " if error.filename else ""
-            _end(f"{where}{error.strerror or error}{again}", 1)
-        _end(f"unexpected {type(error).__name__}: {error}; --debug shows where{again}", 1)
+            _end(f"{where}{error.strerror or error}{again}", 1, as_json)
+        _end(f"unexpected {type(error).__name__}: {error}; --debug shows where{again}", 1, as_json)
 
 
-def _end(message: str, code: int) -> NoReturn:
+def _end(message: str, code: int, as_json: bool = False) -> NoReturn:
     _ignore_signals()
-    click.echo(f"segpipe: {' '.join(message.split())}", err=True)
+    line = f"segpipe: {' '.join(message.split())}"
+    if as_json:
+        from .logs import json_line
+
+        line = json_line("error", line, event="end", exit_code=code)
+    click.echo(line, err=True)
     sys.exit(code)
 
 
@@ -128,24 +133,47 @@ def main() -> None:
 @click.option("--scheduler", metavar="ADDRESS", help="Work on a running Dask scheduler, such as tcp://host:8786.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, and do nothing.")
 @click.option("--fresh", is_flag=True, help="Start over: delete what earlier runs have kept in the output folder.")
+@click.option("--log-file", type=YAML_FILE, metavar="FILE", help="Append what is told to a FILE too.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="json: a line of JSON for each thing that is told, on standard error and in the log file.",
+)
+@click.option("--performance-report", type=YAML_FILE, metavar="FILE", help="Write Dask's page on the work to a FILE.")
 @_job_options
-def run(city: Path, scheduler: str | None, dry_run: bool, fresh: bool, overrides: tuple[str, ...], debug: bool) -> None:
+def run(
+    city: Path,
+    scheduler: str | None,
+    dry_run: bool,
+    fresh: bool,
+    log_file: Path | None,
+    log_format: str,
+    performance_report: Path | None,
+    overrides: tuple[str, ...],
+    debug: bool,
+) -> None:
     """Map a city: tiles to a GeoPackage of buildings. Run it again, and it goes on where it stopped."""
-    with _told(debug, RUN_AGAIN):
+    as_json = log_format == "json"
+    with _told(debug, RUN_AGAIN, as_json):
         for option, given in (("--fresh", fresh), ("--scheduler", scheduler)):
             if dry_run and given:
                 raise UserError(f"--dry-run only prints the plan, so {option} does nothing; expected one of the two")
-        from .config import load_city
+        from .config import load_city, with_scheduler
         from .manifest import nothing_changed
 
         config = load_city(city, overrides)
+        config = config if scheduler is None else with_scheduler(config, scheduler)
         if not (dry_run or fresh) and (manifest := nothing_changed(config)) is not None:
-            folder = config.path(config.output)
-            click.echo(f"nothing has changed since {manifest['finished']}: nothing to do, the results are in {folder}")
+            click.echo(
+                f"nothing has changed since {manifest['finished']}: nothing to do, the results are in {config.folder}"
+            )
             return
         from .allocator import spare_memory
 
         spare_memory()
+        from .logs import logging_to
         from .progress import show_summary, terminal
         from .run import dry_run as plan_only
         from .run import map_city
@@ -154,13 +182,26 @@ def run(city: Path, scheduler: str | None, dry_run: bool, fresh: bool, overrides
             for label, text in plan_only(config):
                 click.echo(f"{label:>10}  {text}")
             return
-        console = terminal()
-        published = map_city(config, console, scheduler, fresh)
+        console = terminal(quiet=as_json)
+        with logging_to(log_file, as_json):
+            published = map_city(config, console, fresh, performance_report)
         show_summary(console, published.stages)
         click.echo(
-            f"{published.buildings} buildings, {published.buildings_m2 / 1e4:.2f} ha, in {published.geopackage};"
-            f" report: {config.path(config.output) / 'report.html'}"
+            f"{published.buildings} buildings, {published.buildings_m2 / 1e4:.2f} ha, in"
+            f" {config.folder.file(published.geopackage.name)}; report: {config.folder.file('report.html')}"
         )
+
+
+@main.command()
+@click.argument("run", metavar="RUN")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def status(run: str, debug: bool) -> None:
+    """How far a RUN is: a run folder, its s3:// URL, or the city.yaml of it. Asks its store alone."""
+    with _told(debug):
+        from .status import status_of
+
+        for label, text in status_of(run):
+            click.echo(f"{label:>10}  {text}")
 
 
 @main.command()
@@ -176,16 +217,52 @@ def train(train: Path, overrides: tuple[str, ...], debug: bool) -> None:
 
 
 @main.command()
-@click.argument("run", type=FOLDER)
-@click.option("--truth", required=True, type=click.Path(path_type=Path), help="Mask raster or footprints.")
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=FOLDER)
+@click.option(
+    "--truth",
+    "truths",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Mask raster, folder of these, or footprints, in any CRS; once for each RUN.",
+)
+@click.option("--group", metavar="PATTERN", help="Pool images too by what a regular expression finds in their names.")
+@click.option("--truth-id", metavar="COLUMN", help="The column of the truth's own ids.")
+@click.option("--output", type=FOLDER, help="The folder to write to; without it RUN/evaluation, of several evaluation.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def evaluate(run: Path, truth: Path, debug: bool) -> None:
-    """Compare the mask of a RUN with the truth: IoU, Dice, accuracy, precision, recall over valid pixels."""
+def evaluate(
+    runs: tuple[Path, ...],
+    truths: tuple[Path, ...],
+    group: str | None,
+    truth_id: str | None,
+    output: Path | None,
+    debug: bool,
+) -> None:
+    """Compare each RUN with the truth, by pixels and by buildings: tables, a layer for QGIS, the worst places."""
     with _told(debug):
-        from .evaluate import evaluate_run, evaluation_table
+        from .allocator import spare_memory
 
-        for name, value in evaluation_table(evaluate_run(run, truth)):
-            click.echo(f"{name:>12}  {value}")
+        spare_memory()
+        from .evaluate import evaluate_to
+
+        folder = output or (runs[0] / "evaluation" if len(runs) == 1 else Path("evaluation"))
+        for name, value in evaluate_to(folder, runs, truths, group, truth_id):
+            click.echo(f"{name:>20}  {value}")
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def verify(run: Path, debug: bool) -> None:
+    """Prove the outputs of a RUN from themselves and its manifest; exit code 1 with the first difference."""
+    with _told(debug):
+        from .allocator import spare_memory
+
+        spare_memory()
+        from .verify import verify_run
+
+        for name, text in verify_run(run):
+            click.echo(f"{name:>10}  {text}")
 
 
 @main.command()
@@ -270,7 +347,35 @@ def demo(directory: Path, seed: int, run_it: bool, debug: bool) -> None:
             return
         context = click.get_current_context()
         context.invoke(run, city=files.config, debug=debug)
-        context.invoke(evaluate, run=files.config.parent / "run", truth=files.truth, debug=debug)
+        context.invoke(evaluate, runs=(files.config.parent / "run",), truths=(files.truth,), debug=debug)
+
+
+@main.group()
+def cluster() -> None:
+    """Workers on other machines: check that they can work on a city."""
+
+
+@cluster.command("check")
+@click.argument("city", type=YAML_FILE)
+@_job_options
+def cluster_check(city: Path, overrides: tuple[str, ...], debug: bool) -> None:
+    """Start or find the workers of a CITY, and let each of them look at tiles, weights and output: no other work."""
+    with _told(debug):
+        from .config import load_city
+        from .run import check_cluster
+
+        for label, text in check_cluster(load_city(city, overrides)):
+            click.echo(f"{label:>10}  {text}")
+
+
+@main.command()
+@click.argument("kind", type=click.Choice(["city", "train"]))
+def schema(kind: str) -> None:
+    """Print the JSON Schema of a city.yaml or a train.yaml, for editors that complete and check."""
+    with _told(False):
+        from .schema import schema_text
+
+        click.echo(schema_text(kind), nl=False)
 
 
 @main.group()

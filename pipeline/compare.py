@@ -15,11 +15,11 @@ from typing import Any
 from segpipe.models.weights import BundleError, Card, blank_network, read_card
 from segpipe.tasks.errors import UserError
 
+from .beside import written_beside
 from .compare_figures import Curve, draw_crops, draw_curves, find_crops
 from .config import TrainConfig, load_train
 from .measure import View
 from .plan import check_output
-from .publish import written_beside
 from .train_end import BUNDLE
 
 POOLED, BATCHES, IMAGES = "pooled", "mean over batches", "mean over images"

@@ -6,6 +6,7 @@ import copy
 import difflib
 import json
 import os
+import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,15 +18,21 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     JsonValue,
     PrivateAttr,
+    Tag,
     ValidationError,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 
+from segpipe.tasks.bucket import Storage
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.files import is_remote
+
+from .storage import Folder, folder_at
 
 
 def _as_tuple(value: object) -> object:
@@ -48,13 +55,31 @@ def _check_path(text: str) -> str:
     return text
 
 
+def _check_local(text: str) -> str:
+    if "://" in text:
+        raise ValueError("is no folder of this machine")
+    return text
+
+
+def _check_output(text: str) -> str:
+    if "://" in text and not re.fullmatch(r"s3://[\w.-]+(/[^/]+)+/?", text):
+        raise ValueError("is no folder in a bucket")
+    return text
+
+
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(_check_path)]
-Paths = Annotated[tuple[PathText, ...], BeforeValidator(_as_tuple_of_any), Field(min_length=1)]
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_as_tuple_of_any)]
+Paths = Annotated[
+    tuple[PathText, ...],
+    BeforeValidator(_as_tuple_of_any, json_schema_input_type=Text | tuple[Text, ...]),
+    Field(min_length=1),
+]
+Numbers = Annotated[
+    tuple[float, ...], BeforeValidator(_as_tuple_of_any, json_schema_input_type=float | tuple[float, ...])
+]
 BandNumbers = Annotated[
     tuple[PositiveInt, ...],
     BeforeValidator(_as_tuple),
@@ -108,18 +133,118 @@ class VectorizeConfig(_Section):
     min_area_m2: NotNegative = Field(10.0, description="a number of square metres from 0 on")
     fill_holes_m2: NotNegative = Field(2.0, description="a number of square metres from 0 on")
     simplify_m: NotNegative = Field(0.3, description="a number of metres from 0 on")
-    regularize: Literal["none"] = Field("none", description="none")
-
-
-class ClusterConfig(_Section):
-    """Where the work runs. workers: processes; threads: of torch in each; memory: of all workers together."""
-
-    kind: Literal["local"] = Field("local", description="local")
-    workers: PositiveInt | Auto = Field("auto", description="auto, or a whole number from 1 such as 2")
-    threads: PositiveInt | Auto = Field("auto", description="auto, or a whole number from 1 such as 2")
-    memory: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*(GiB|GB|MiB|MB)$")] | Auto = Field(
-        "auto", description="auto, or a number with GiB, GB, MiB or MB such as 8 GiB"
+    regularize: Literal["none", "orthogonal"] = Field("none", description="none or orthogonal")
+    regularize_min_iou: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="a number above 0 and up to 1 such as 0.8"
     )
+
+
+Memory = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*(GiB|GB|MiB|MB)$")]
+Lines = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple_of_any, json_schema_input_type=Text | tuple[Text, ...])]
+
+
+TLS = "null, or the PEM files {ca: …, cert: …, key: …}"
+
+
+class TlsConfig(_Section):
+    """What the driver shows to a scheduler, and what it takes the scheduler's certificate for: PEM files."""
+
+    ca: PathText = Field(description="a PEM file with the certificate of the authority")
+    cert: PathText = Field(description="a PEM file with this side's certificate")
+    key: PathText = Field(description="a PEM file with this side's key")
+
+
+class GroupConfig(_Section):
+    """Jobs of one kind of a batch system, and the workers in each. cores and memory are of a whole job."""
+
+    count: PositiveInt = Field(1, description="a whole number of jobs from 1")
+    processes: PositiveInt = Field(1, description="a whole number of workers in each job from 1")
+    cores: PositiveInt = Field(description="a whole number of cores of each job such as 8")
+    memory: Memory = Field(description="a number with GiB, GB, MiB or MB for each job such as 32 GiB")
+    walltime: Text = Field("01:00:00", description="a time as sbatch takes it such as 01:00:00")
+    queue: Text | None = Field(None, description="null, or the name of a partition")
+    account: Text | None = Field(None, description="null, or the name of an account")
+    directives: Lines = Field((), description="a list of what sbatch is to be told besides such as [--gres=gpu:1]")
+    prologue: Lines = Field((), description="a list of lines of shell that come before the worker")
+    device: Text | Auto = Field("auto", description="auto, or the device in a recipe such as cuda sm_90")
+
+
+KINDS = "local, scheduler, slurm or class"
+THREADS = "auto, or a whole number from 1 such as 2"
+
+
+class LocalConfig(_Section):
+    """Worker processes of this machine. threads: of torch in each; memory: of all workers together."""
+
+    kind: Literal["local"] = Field("local", description=KINDS)
+    workers: PositiveInt | Auto = Field("auto", description=THREADS)
+    threads: PositiveInt | Auto = Field("auto", description=THREADS)
+    memory: Memory | Auto = Field("auto", description="auto, or a number with GiB, GB, MiB or MB such as 8 GiB")
+
+
+class SchedulerConfig(_Section):
+    """A Dask scheduler that runs already, with its workers."""
+
+    kind: Literal["scheduler"] = Field(description=KINDS)
+    address: Annotated[str, Field(pattern=r"^\w+://.+$")] | None = Field(
+        None, description="null, or tcp://host:8786 or tls://host:8786"
+    )
+    scheduler_file: PathText | None = Field(None, description="null, or the JSON file that a scheduler has written")
+    tls: TlsConfig | None = Field(None, description=TLS)
+    threads: PositiveInt | Auto = Field("auto", description=THREADS)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> SchedulerConfig:
+        if (self.address is None) == (self.scheduler_file is None):
+            raise ValueError("names not exactly one of address and scheduler_file")
+        return self
+
+
+class SlurmConfig(_Section):
+    """Jobs of SLURM that join a scheduler in this process. Without jobs with GPUs, those without predict."""
+
+    kind: Literal["slurm"] = Field(description=KINDS)
+    cpu: GroupConfig | None = Field(None, description="null, or jobs such as {count: 4, cores: 8, memory: 32 GiB}")
+    gpu: GroupConfig | None = Field(None, description="null, or jobs such as {count: 2, cores: 8, memory: 64 GiB}")
+    interface: Text | None = Field(None, description="null, or the network interface of the scheduler such as ib0")
+    log_directory: PathText | None = Field(None, description="null, or a folder for what the jobs print")
+    tls: TlsConfig | None = Field(None, description=TLS)
+    threads: PositiveInt | Auto = Field("auto", description=THREADS)
+
+    @model_validator(mode="after")
+    def _some(self) -> SlurmConfig:
+        if self.cpu is None and self.gpu is None:
+            raise ValueError("has neither cpu nor gpu")
+        return self
+
+
+class ClassConfig(_Section):
+    """Any subclass of distributed's Cluster; it is imported, and so run, because the YAML names it."""
+
+    kind: Literal["class"] = Field(description=KINDS)
+    class_: Annotated[str, Field(pattern=r"^\w+(\.\w+)+$")] = Field(
+        alias="class", description="package.module.Name of a subclass of distributed's Cluster"
+    )
+    kwargs: dict[str, JsonValue] = Field({}, description="arguments of the class such as {n_workers: 2}")
+    workers: PositiveInt | None = Field(None, description="null, or how many workers it is to be scaled to such as 8")
+    tls: TlsConfig | None = Field(None, description=TLS)
+    threads: PositiveInt | Auto = Field("auto", description=THREADS)
+    wait_s: PositiveInt = Field(600, description="a whole number of seconds from 1")
+
+
+def _kind_of(value: object) -> str:
+    """Which section a cluster is; what is none of them is told of as the first."""
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return kind if isinstance(kind, str) and kind in ("scheduler", "slurm", "class") else "local"
+
+
+ClusterConfig = Annotated[
+    Annotated[LocalConfig, Tag("local")]
+    | Annotated[SchedulerConfig, Tag("scheduler")]
+    | Annotated[SlurmConfig, Tag("slurm")]
+    | Annotated[ClassConfig, Tag("class")],
+    Discriminator(_kind_of),
+]
 
 
 class StoreConfig(_Section):
@@ -128,10 +253,29 @@ class StoreConfig(_Section):
     keep: Literal["all", "probability", "none"] = Field("all", description="all, probability or none")
 
 
+class StorageConfig(_Section):
+    """Where buckets are, where that is not Amazon. Keys are never here: the environment or the cloud has them."""
+
+    endpoint: Annotated[str, Field(pattern=r"^https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d{1,5})?/?$")] | None = Field(
+        None, description="null, or the address of an S3 server such as https://minio.example.org:9000"
+    )
+    region: Annotated[str, Field(pattern=r"^[\w-]+$")] | None = Field(None, description="null, or a region's name")
+    anonymous: bool = Field(False, description="true (requests go unsigned, for public buckets) or false")
+
+
 class PublishConfig(_Section):
     """What is published besides footprints and rasters of the whole city."""
 
     tile_masks: bool = Field(False, description="true or false")
+
+
+class OutputsConfig(_Section):
+    """Vector formats besides the GeoPackage, and the CRS of their files; null: the grid's, which the GeoPackage has."""
+
+    formats: Annotated[
+        tuple[Literal["geoparquet", "flatgeobuf", "filegdb", "geojson"], ...], BeforeValidator(_as_tuple)
+    ] = Field((), description="a list of some of geoparquet, flatgeobuf, filegdb, geojson")
+    crs: Text | None = Field(None, description="null, or a coordinate system such as EPSG:4326")
 
 
 class _Job(_Section):
@@ -169,8 +313,12 @@ class CityConfig(_Job):
         description="a glob such as tiles/*.tif, a folder, a VRT, a URL, STAC in JSON, or a list of these"
     )
     asset: Text | None = Field(None, description="null, or the name of an asset of STAC items such as visual")
-    model: PathText = Field(description="the file of a model bundle, or the name of one in the package")
-    output: PathText = Field(description="a folder such as runs/vienna")
+    model: PathText = Field(
+        description="the file of a model bundle, one in a bucket, or the name of one in the package"
+    )
+    output: Annotated[PathText, AfterValidator(_check_output)] = Field(
+        description="a folder such as runs/vienna, or one in a bucket such as s3://bucket/vienna"
+    )
     module: Text | None = Field(None, description="null, or package.module:name of your own network, which is then run")
     bands: BandNames = (1, 2, 3)
     scale: Limits | Auto | None = Field(None, description="null, auto, or two sample values such as [0, 2047]")
@@ -182,9 +330,24 @@ class CityConfig(_Job):
     grid: GridConfig = Field(GridConfig(), description="keys and values such as {chunk_px: 1024}")
     predict: PredictConfig = Field(PredictConfig(), description="keys and values such as {halo: auto}")
     vectorize: VectorizeConfig = Field(VectorizeConfig(), description="keys and values such as {threshold: 0.4}")
-    cluster: ClusterConfig = Field(ClusterConfig(), description="keys and values such as {workers: 2}")
+    cluster: ClusterConfig = Field(LocalConfig(), description="keys and values such as {workers: 2}")
     publish: PublishConfig = Field(PublishConfig(), description="keys and values such as {tile_masks: true}")
+    outputs: OutputsConfig = Field(
+        OutputsConfig(), description="keys and values such as {formats: [geoparquet], crs: EPSG:4326}"
+    )
     store: StoreConfig = Field(StoreConfig(), description="keys and values such as {keep: all}")
+    storage: StorageConfig = Field(StorageConfig(), description="keys and values such as {region: eu-central-1}")
+
+    @property
+    def folder(self) -> Folder:
+        """`output`: the run folder."""
+        return folder_at(self.output if is_remote(self.output) else self.path(self.output))
+
+    def find_buckets(self) -> Storage:
+        """Let this process find buckets where `storage` says, and return that, for other processes to do the same."""
+        found = Storage(**self.storage.model_dump())
+        found.use()
+        return found
 
     def _absolute_paths(self) -> dict[str, Any]:
         # A name that is no file is that of a bundle in the package.
@@ -192,10 +355,20 @@ class CityConfig(_Job):
         return {
             "images": self._absolute(self.images),
             "model": str(model) if model.is_file() else self.model,
-            "output": str(self.path(self.output)),
+            "output": str(self.folder),
+            "cluster": self._absolute_cluster(),
             "grid": self.grid.model_dump(mode="json")
             | ({"area": str(self.area)} if isinstance(self.area, Path) else {}),
         }
+
+    def _absolute_cluster(self) -> dict[str, Any]:
+        values = self.cluster.model_dump(mode="json", by_alias=True)
+        for name in ("scheduler_file", "log_directory"):
+            if values.get(name) is not None:
+                values[name] = str(self.path(values[name]))
+        if values.get("tls") is not None:
+            values["tls"] = {part: str(self.path(path)) for part, path in values["tls"].items()}
+        return values
 
     @property
     def area(self) -> Path | tuple[float, float, float, float] | None:
@@ -203,7 +376,17 @@ class CityConfig(_Job):
         return self.path(self.grid.area) if isinstance(self.grid.area, str) else self.grid.area
 
 
-Values = Annotated[tuple[Annotated[int, Field(ge=0, le=255)], ...], BeforeValidator(_as_tuple_of_any)]
+def with_scheduler(config: CityConfig, address: str) -> CityConfig:
+    """The same city on a running scheduler, with the certificates and threads that its YAML names."""
+    tls = getattr(config.cluster, "tls", None)
+    cluster = SchedulerConfig(kind="scheduler", address=address, tls=tls, threads=config.cluster.threads)
+    return config.model_copy(update={"cluster": cluster})
+
+
+Value = Annotated[int, Field(ge=0, le=255)]
+Values = Annotated[
+    tuple[Value, ...], BeforeValidator(_as_tuple_of_any, json_schema_input_type=Value | tuple[Value, ...])
+]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Part = PositiveInt | Share | Annotated[tuple[Text, ...], BeforeValidator(_as_tuple), Field(min_length=1)] | PathText
 PART = "a share such as 0.05, a number such as 738, a list of names, or a text file with a name a line"
@@ -353,7 +536,7 @@ class TrainConfig(_Job):
     )
     effective_halo: Literal["measure", "exact"] = Field("measure", description="measure or exact")
     readers: PositiveInt | Auto = Field("auto", description="auto, or a whole number of processes from 1")
-    output: PathText = Field(description="a folder such as runs/buildings")
+    output: Annotated[PathText, AfterValidator(_check_local)] = Field(description="a folder such as runs/buildings")
     bands: BandNumbers = (1, 2, 3)
 
     def _absolute_paths(self) -> dict[str, Any]:
@@ -541,6 +724,9 @@ def _place(kind: type[BaseModel], loc: Sequence[int | str]) -> tuple[Key, FieldI
     for part in loc:
         if isinstance(part, int):
             position = (part,)
+        elif field is not None and part in (kinds := _kinds_of(field.annotation)):
+            section = kinds[part]
+            known = _keys(section)
         elif section is not None:
             known = _keys(section)
             key, position = (*key, *position, part), ()
@@ -555,6 +741,14 @@ def _expected(field: FieldInfo | None) -> str:
 
 def _keys(kind: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in kind.model_fields.items()]
+
+
+def _kinds_of(annotation: object) -> dict[str, type[BaseModel]]:
+    """Sections of which a key may hold one or another, by the tag that pydantic puts into its places."""
+    tags = [part.tag for part in get_args(annotation) if isinstance(part, Tag)]
+    if tags:
+        return {tags[0]: get_args(annotation)[0]}
+    return {tag: kind for part in get_args(annotation) for tag, kind in _kinds_of(part).items()}
 
 
 def _section_of(annotation: object) -> type[BaseModel] | None:

@@ -31,7 +31,7 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
     )
     recipe = plan.recipe
     rows = [
-        ("city", f"{plan.name}, into {plan.output}"),
+        ("city", f"{plan.name}, into {plan.folder}"),
         (
             "tiles",
             f"{len(plan.tiles)}, {covered.width} x {covered.height} px in all, {metres:.3f} m a pixel on the ground",

@@ -8,17 +8,18 @@ but a byte a chunk. What the ledger says is done is not done again.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 
-from segpipe.tasks.errors import DamageError, RunError, TileError
+from segpipe.tasks.errors import DamageError, RunError, StorageError, TileError, UnreachableError
 from segpipe.tasks.files import file_stamp
+from segpipe.tasks.fragments import sides_from_bytes
 from segpipe.tasks.grid import Window
 from segpipe.tasks.predict import reach
 from segpipe.tasks.seams import Joins, plan_joins
-from segpipe.tasks.vectorize import sides_from_bytes
 
 from . import stages
 from .cluster import Outcome, Pool, Task
@@ -32,6 +33,8 @@ Chunk = stages.Cell
 STAGES = ("scan", "read", "predict", "vectorize")
 _PRIORITY = {"vectorize": 0, "predict": 1, "read": 2, "scan": 3, "join": 0}
 _UNKNOWN, _DONE, _FAILED = 0, 1, 2
+LOOK_AHEAD = 64
+"""Blocks whose entries are asked for together, where the ledger is in a bucket."""
 GIVE_UP_AFTER = 10
 """Failures without any success after which the rest is not tried: something is wrong everywhere."""
 
@@ -51,6 +54,7 @@ class Flow:
         self._waiting: defaultdict[tuple[str, int | Chunk], list[Block]] = defaultdict(list)
         self._missing: dict[Block, int] = {}
         self._in_flight = 0
+        self._to_predict = 0
         self._successes = 0
         self.failures: list[tuple[str, str, BaseException]] = []
         self.newly_skipped: dict[int, str] = {}
@@ -58,7 +62,7 @@ class Flow:
 
     def run(self) -> None:
         """Carry every block as far as it goes. What failed is in `failures`, tiles to be skipped in `newly_skipped`."""
-        blocks = self._plan.blocks()
+        blocks = self._blocks()
         more = True
         while more or self._in_flight:
             while more and self._in_flight < self._pool.capacity:
@@ -66,8 +70,19 @@ class Flow:
                 more = block is not None and not self._hopeless()
                 if more and block is not None:
                     self._admit(block)
+            if not (more or self._missing or self._to_predict):
+                self._pool.spare_gpus()
             if self._in_flight:
                 self._take(self._pool.next())
+
+    def _blocks(self) -> Iterator[Block]:
+        """All blocks of the plan, the ledger being asked for those to come."""
+        blocks = self._plan.blocks()
+        while some := [*islice(blocks, LOOK_AHEAD)]:
+            self._site.ledger.look_ahead(
+                (stage, cell_unit(*block)) for block in some for stage in ("predict", "vectorize")
+            )
+            yield from some
 
     def _hopeless(self) -> bool:
         return self._successes == 0 and len(self.failures) >= GIVE_UP_AFTER
@@ -156,10 +171,12 @@ class Flow:
 
     def _submit(self, stage: str, arguments: tuple[object, ...], gpu: bool = False) -> None:
         self._in_flight += 1
+        self._to_predict += gpu
         self._pool.submit(Task(getattr(stages, stage), arguments, gpu, _PRIORITY[stage]))
 
     def _take(self, outcome: Outcome) -> None:
         self._in_flight -= 1
+        self._to_predict -= outcome.task.gpu
         stage, arguments = outcome.task.stage.__name__, outcome.task.arguments
         if outcome.receipt is None:
             assert outcome.error is not None
@@ -197,7 +214,10 @@ class Flow:
                 self._set(index, _FAILED)
         for block in self._waiting.pop(unit, ()):
             self._missing.pop(block, None)
-        if isinstance(error, TileError) and self._plan.skip_bad_tiles:
+        if isinstance(error, StorageError):
+            raise error
+        unreadable = isinstance(error, TileError) and not isinstance(error, UnreachableError)
+        if isinstance(error, TileError) and unreadable and self._plan.skip_bad_tiles:
             tile = next(i for i, tile in enumerate(self._plan.tiles) if tile.path == error.path)
             if tile not in self.newly_skipped:
                 self._listener.say(f"skipped: {error}; it counts as nodata")
@@ -263,6 +283,8 @@ def run_joins(plan: Plan, pool: Pool, listener: Listener) -> list[Block]:
             in_flight -= 1
             if outcome.receipt is not None:
                 listener.done(outcome.receipt, outcome)
+            elif isinstance(outcome.error, StorageError):
+                raise outcome.error
             elif outcome.error is not None:
                 unit = cell_unit(*outcome.task.arguments[:2])
                 listener.failed("join", unit, outcome.error)

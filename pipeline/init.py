@@ -28,12 +28,12 @@ from segpipe.tasks.grid import Window
 from segpipe.tasks.read import Tile, TileHeader, read_thumbnail
 from segpipe.tasks.validity import resolve_speckle_tolerance, resolve_tolerance, scan_tile
 
+from .beside import written_beside
 from .config import as_yaml, load_city, override
 from .inputs import RASTERS, find_images
 from .manifest import TRACES
 from .place import crs_name, ground_m, groups_of, place_tiles, tile_crs
 from .plan import Plan, make_plan, read_headers
-from .publish import written_beside
 from .report import PAPER_RGB, hatch
 
 MODEL = "buildings-mobilenetv2"

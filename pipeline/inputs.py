@@ -12,9 +12,9 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from segpipe.tasks.errors import TileError, UserError
+from segpipe.tasks.bucket import list_bucket
+from segpipe.tasks.errors import TileError, UnreachableError, UserError
 from segpipe.tasks.files import file_stamp, is_remote, resolved, tile_name
-from segpipe.tasks.remote import UnreachableError, list_bucket
 
 from .config import CityConfig
 from .stac import assets_of, is_item_list

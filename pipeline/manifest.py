@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,23 +16,37 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from segpipe.models.weights import BundleError, file_digest, resolve_bundle
-from segpipe.tasks.errors import UserError
+from segpipe.tasks.errors import TileError, UserError
+from segpipe.tasks.files import is_remote
+from segpipe.tasks.remote import look_up
 
 from .config import CityConfig
 from .inputs import find_images, machine, stamps
+from .ledger import Ledger, as_json
+from .storage import Folder, LocalFolder, folder_at
 
 if TYPE_CHECKING:
     from segpipe.tasks.mosaic import Mosaic
 
     from .plan import Plan
-    from .run import Published
+    from .publish import Published
 
 MANIFEST = "manifest.json"
-OUTPUTS = ("mask.tif", "probability.tif", "preview.png", "report.html")
+OUTPUTS = ("mask.tif", "probability.tif", "preview.png", "report.html", "probability.qml", "item.json")
 """What is published besides the GeoPackage."""
 TRACES = ("settled.json", "ledger")
 """What a run leaves in its folder before it writes anything else there."""
-REPLACED = (*OUTPUTS, "city.yaml", MANIFEST, "tile_masks", "tasks.jsonl", "store.zarr", "fragments", "validity")
+REPLACED = (
+    *OUTPUTS,
+    "city.yaml",
+    MANIFEST,
+    "tile_masks",
+    "tasks.jsonl",
+    "progress.json",
+    "store.zarr",
+    "fragments",
+    "validity",
+)
 """What a run writes in its folder whatever is there. Of GeoPackages it knows its own by their rows."""
 
 
@@ -43,7 +57,7 @@ STATE = ("config", "images", "machine", "area")
 class _State(BaseModel):
     config: dict[str, Any]
     images: dict[str, list[str | int]]
-    model: tuple[str, list[int]]
+    model: tuple[str, list[int | str]]
     machine: dict[str, str]
     area: list[int]
 
@@ -62,9 +76,9 @@ class _Whole(BaseModel):
     skipped: dict[str, str]
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Folder | Path) -> dict[str, Any] | None:
     """The manifest of a run folder; None where no run was published, or it is not whole or was taken back."""
-    manifest = _read(folder)
+    manifest = _read(folder_at(folder))
     try:
         _Whole.model_validate(manifest)
     except ValidationError:
@@ -72,11 +86,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Folder) -> dict[str, Any]:
     """manifest.json, be it whole or not; empty where it is none."""
     try:
-        found = json.loads((folder / MANIFEST).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
+        found = json.loads(folder.read(MANIFEST) or b"")
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -86,18 +100,27 @@ def state_of_inputs(config: CityConfig) -> dict[str, Any]:
 
     UserError for a model or images that are not there.
     """
-    try:
-        model = resolve_bundle(config.model, config.file.parent)
-    except BundleError as error:
-        raise UserError(f"model: {error}") from None
-    status = model.stat()
+    config.find_buckets()
     return {
         "config": config.model_dump(mode="json"),
         "images": stamps(find_images(config.images, config)),
-        "model": [str(model), [status.st_size, status.st_mtime_ns]],
+        "model": _model_stamp(config),
         "machine": machine(),
         "area": _area_stamp(config),
     }
+
+
+def _model_stamp(config: CityConfig) -> list[Any]:
+    """Where the bundle is, its size, and its mtime in ns or what a server has instead."""
+    try:
+        if is_remote(config.model):
+            found = look_up(config.model)
+            return [config.model, [found.size, found.etag or found.modified]]
+        model = resolve_bundle(config.model, config.file.parent)
+    except (BundleError, TileError) as error:
+        raise UserError(f"model: {error}") from None
+    status = model.stat()
+    return [str(model), [status.st_size, status.st_mtime_ns]]
 
 
 def _area_stamp(config: CityConfig) -> list[int]:
@@ -115,50 +138,76 @@ def nothing_changed(config: CityConfig) -> dict[str, Any] | None:
     A model file with another stamp is the same if its digest is; tiles with other stamps are left to the run to judge,
     and so are tiles that were skipped: they may be readable now.
     """
-    folder = config.path(config.output)
+    config.find_buckets()
+    folder = config.folder
+    folder.check("output")
     manifest = read_manifest(folder)
     if manifest is None or manifest["skipped"]:
         return None
     try:
         now, then = state_of_inputs(config), manifest["state"]
-        if now["model"] != then["model"] and file_digest(Path(now["model"][0])) != manifest["model"]["digest"]:
+        if now["model"] != then["model"] and not _is_same_model(now["model"][0], manifest["model"]["digest"]):
             return None
-        whole = all(_is_there(folder / name, size) for name, size in manifest["outputs"].items())
+        whole = all(folder.each(lambda it: _is_there(folder, *it), manifest["outputs"].items()))
     except (UserError, OSError):
         return None
     return manifest if whole and all(now[part] == then[part] for part in STATE) else None
 
 
-def _is_there(path: Path, size: int) -> bool:
+def _is_same_model(place: str, digest: str) -> bool:
+    """Whether a bundle with another stamp is the same; of one in a bucket the run finds out, which copies it."""
+    return not is_remote(place) and file_digest(Path(place)) == digest
+
+
+def _is_there(folder: Folder, name: str, size: int) -> bool:
     """Whether a published file is there in its size. A GeoPackage may have grown: QGIS writes into it."""
-    if not path.is_file():
-        return False
-    if path.suffix != ".gpkg":
-        return path.stat().st_size == size
-    with path.open("rb") as stream:
-        return stream.read(16) == b"SQLite format 3\0" and path.stat().st_size >= size
+    found = folder.size(name)
+    if found is None or not name.endswith(".gpkg"):
+        return found == size
+    return found >= size and folder.start_of(name, 16) == b"SQLite format 3\0"
 
 
-def revoke(folder: Path, rows_digest: str | None = None) -> dict[str, set[str]]:
+def revoke(folder: Folder | Path, rows_digest: str | None = None) -> dict[str, set[str]]:
     """Say that the outputs are about to change: until the next manifest, no run finds that nothing has changed.
 
     rows_digest: of the GeoPackage that is to be published. Returns, for each GeoPackage that was published here, the
     digests of the rows that it has if nobody has changed it since: the last ones under this name, or those of a run
     that was killed while publishing.
     """
-    from .store import write_json
-
-    manifest = _read(folder)
+    place = folder_at(folder)
+    manifest = _read(place)
     own, begun = _digests(manifest)
     if rows_digest is not None:
         manifest["rows_digests_begun"] = sorted(begun | {rows_digest})
-    write_json(folder / MANIFEST, manifest | {"state": None})
-    return {path.name: begun | {own[path.name]} if path.name in own else begun for path in _geopackages(folder)}
+    place.write(MANIFEST, as_json(manifest | {"state": None}))
+    return {name: begun | {own[name]} if name in own else begun for name in geopackages(place)}
 
 
-def last_published(folder: Path) -> tuple[str | None, dict[str, Any] | None]:
-    """Name of the GeoPackage that the last manifest tells of, and the lattice of its rows; None where it tells none."""
+def begin_files(folder: Folder, names: Iterable[str]) -> None:
+    """Say that files of these names are about to be written: they are ours, even if the run is killed on the way."""
     manifest = _read(folder)
+    begun = {*_texts(manifest.get("files_begun")), *names}
+    folder.write(MANIFEST, as_json(manifest | {"files_begun": sorted(begun)}))
+
+
+def own_files(folder: Folder) -> set[str]:
+    """Names of files that runs have written or begun to write in a folder, be they still there or not."""
+    return {*outputs_of(folder), *_texts(_read(folder).get("files_begun"))}
+
+
+def _texts(value: object) -> list[str]:
+    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
+
+
+def outputs_of(folder: Folder) -> list[str]:
+    """Names of the files that the last manifest tells of, be they still there or not."""
+    outputs = _read(folder).get("outputs")
+    return [name for name in outputs if isinstance(name, str)] if isinstance(outputs, dict) else []
+
+
+def last_published(folder: Folder | Path) -> tuple[str | None, dict[str, Any] | None]:
+    """Name of the GeoPackage that the last manifest tells of, and the lattice of its rows; None where it tells none."""
+    manifest = _read(folder_at(folder))
     outputs, lattice = manifest.get("outputs"), manifest.get("lattice")
     names = [name for name in outputs if name.endswith(".gpkg")] if isinstance(outputs, dict) else []
     return (names[0] if names else None), lattice if isinstance(lattice, dict) else None
@@ -173,26 +222,31 @@ def _digests(manifest: dict[str, Any]) -> tuple[dict[str, str], set[str]]:
     )
 
 
-def _geopackages(folder: Path) -> list[Path]:
+def geopackages(folder: Folder) -> list[str]:
     """Files with a name that footprints are published under: buildings.gpkg, buildings-2.gpkg and so on."""
-    return [path for path in folder.glob("buildings*.gpkg") if re.fullmatch(r"buildings(-\d+)?\.gpkg", path.name)]
+    return [name for name in sorted(folder.top()) if re.fullmatch(r"buildings(-\d+)?\.gpkg", name)]
 
 
-def check_folder_is_ours(folder: Path, config: Path | None = None) -> None:
+def check_folder_is_ours(place: Folder | Path, config: Path | None = None) -> None:
     """UserError where a run would write over somebody's own files in its output folder.
 
     That is where no run has left a trace there and one of them has a name that a run publishes under, or the YAML
     file itself (config) is in the place of the resolved one.
     """
-    ours = any((folder / name).exists() for name in TRACES) or "state" in _read(folder)
-    if ours:
+    folder = folder_at(place)
+    there = folder.top()
+    if not there.isdisjoint(TRACES) or "state" in _read(folder):
         return
-    if config is not None and (folder / "city.yaml").resolve() == config.resolve():
+    if (
+        config is not None
+        and isinstance(folder, LocalFolder)
+        and (folder.path / "city.yaml").resolve() == config.resolve()
+    ):
         raise UserError(
             f"output: {folder} holds {config.name} itself, and a run writes the resolved one there; expected another"
             " folder; cure: `output: run`"
         )
-    foreign = [name for name in REPLACED if os.path.lexists(folder / name)]
+    foreign = [name for name in REPLACED if name in there]
     if foreign:
         raise UserError(
             f"output: {folder} holds {', '.join(foreign)} of somebody's own: no run has left a trace there, and this"
@@ -211,18 +265,17 @@ def make_manifest(config: CityConfig, plan: Plan, state: dict[str, Any], publish
     """All that is to be known of a run that has been published."""
     from .inputs import versions
     from .stages import tile_unit
-    from .store import Ledger
 
-    ledger = Ledger(plan.output)
+    ledger = Ledger(plan.folder)
     entries = [ledger.entry("scan", tile_unit(plan, index)) or {} for index in range(len(plan.tiles))]
     tiles = [
         {"path": tile.path, "window": asdict(tile.cover), "warped": _warping(tile.mosaic)}
         | {name: entry.get(name) for name in ("digest", "stamp", "invalid_px", "by_reason")}
         for tile, entry in zip(plan.tiles, entries, strict=True)
     ]
-    own, begun = _digests(_read(plan.output))
-    others = {path.name for path in _geopackages(plan.output)} - {published.geopackage.name}
-    outputs = (published.geopackage.name, *OUTPUTS, *published.tile_masks)
+    own, begun = _digests(_read(plan.folder))
+    others = {*geopackages(plan.folder)} - {published.geopackage.name}
+    outputs = (published.geopackage.name, *OUTPUTS, *published.tile_masks, *published.files)
     return {
         "name": plan.name,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -235,7 +288,11 @@ def make_manifest(config: CityConfig, plan: Plan, state: dict[str, Any], publish
         else {"source": plan.area.source, "ground_km2": round(plan.area.ground_km2(plan.lattice), 6)},
         "chunk_px": plan.chunk_px,
         "recipe": asdict(plan.recipe),
-        "model": {"path": str(plan.model), "digest": plan.model_digest, "card": plan.card.model_dump(mode="json")},
+        "model": {
+            "path": plan.model_url or str(plan.model),
+            "digest": plan.model_digest,
+            "card": plan.card.model_dump(mode="json"),
+        },
         "vector": asdict(plan.vector),
         "counts": {
             "tiles": len(plan.tiles),
@@ -264,14 +321,13 @@ def make_manifest(config: CityConfig, plan: Plan, state: dict[str, Any], publish
         | {published.geopackage.name: published.rows_digest},
         "rows_digests_begun": sorted(begun) if others else [],
         "outputs": {name: (plan.output / name).stat().st_size for name in outputs},
+        "digests": {name: file_digest(plan.output / name) for name in outputs if not name.endswith(".gpkg")},
         "tiles": tiles,
         "config": config.model_dump(mode="json"),
         "state": state,
     }
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: Folder, manifest: dict[str, Any]) -> None:
     """Write manifest.json, last of all: where it stands, the outputs are whole."""
-    from .store import write_json
-
-    write_json(folder / MANIFEST, manifest)
+    folder.write(MANIFEST, as_json(manifest))

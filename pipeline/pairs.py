@@ -25,8 +25,9 @@ from segpipe.tasks.sample import SCORED, Area, count
 from .areas import LEAST_PX, PICTURE_WKT, MaskValues, stored_area
 from .config import TrainConfig
 from .inputs import natural
+from .ledger import Ledger
 from .plan import key_of
-from .store import Layout, Ledger, Store, prepare_store
+from .store import Layout, Store, prepare_store
 
 ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp"})
 STEM = "{stem}"

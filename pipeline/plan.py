@@ -7,10 +7,10 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -18,22 +18,28 @@ import psutil
 import shapely
 from affine import Affine
 
+from segpipe.models.initialise import cache_folder
 from segpipe.models.weights import BundleError, Card, check_module, file_digest, read_card, resolve_bundle
-from segpipe.tasks.errors import UserError
+from segpipe.tasks.bucket import BucketFolder, Storage
+from segpipe.tasks.errors import TileError, UserError
+from segpipe.tasks.files import is_remote
 from segpipe.tasks.grid import Lattice, Window
 from segpipe.tasks.grid import ground_pixel_m as pixel_m_of_raster
 from segpipe.tasks.mosaic import Mosaic
 from segpipe.tasks.predict import reach
 from segpipe.tasks.read import Tile, TileHeader, read_header, resolve_bands
+from segpipe.tasks.remote import look_up, pieces
 from segpipe.tasks.scale import Scale, percentile_scale, sample_values
 from segpipe.tasks.validity import min_pixels, resolve_speckle_tolerance, resolve_tolerance
 from segpipe.tasks.vectorize import VectorSettings
 
-from .config import CityConfig, ClusterConfig
+from .config import CityConfig, ClusterConfig, LocalConfig
 from .district import District, resolve_area
+from .formats import check_not_foreign, resolve_crs
 from .inputs import ASKED_AT_ONCE, find_images
-from .manifest import check_folder_is_ours
+from .manifest import check_folder_is_ours, own_files
 from .place import Placed, check_scattered, ground_m, place_tiles, settled_mosaics, tile_crs
+from .storage import Folder, LocalFolder, desk_of
 from .store import Layout
 from .tile_masks import file_names
 
@@ -57,6 +63,18 @@ class Workers:
 
 
 @dataclass(frozen=True)
+class Crew:
+    """The workers that predict, where they are not of this machine. cores and memory_bytes: of the least of them."""
+
+    device: str
+    torch: str
+    workers: int
+    cores: int
+    memory_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What a number depends on besides pixels and weights. Part of what "done" means."""
 
@@ -75,7 +93,9 @@ class Plan:
     """Everything that a run is going to do, decided. Workers get it whole; it holds no pixels and no network."""
 
     name: str
+    folder: Folder
     output: Path
+    """Where published files are written: the folder itself, or one of the driver's from which they are uploaded."""
     tiles: tuple[Tile, ...]
     layout: Layout
     bounds: Window
@@ -94,6 +114,9 @@ class Plan:
     """The part that is asked for; None: all that the tiles cover."""
     lock: str = ""
     """Token of the lock under which tasks may write; an empty text: nobody asks."""
+    model_url: str | None = None
+    """Where the bundle is, if that is in a bucket: `model` is then the driver's copy."""
+    storage: Storage = field(default_factory=Storage)
 
     def settled(self) -> dict[str, Any]:
         """What this run has settled for all later ones in its folder."""
@@ -248,14 +271,19 @@ def ground_pixel_m(lattice: Lattice, window: Window) -> float:
     return float(lattice.ground_pixel_m(np.array([row]), np.array([col]))[0])
 
 
-def make_plan(config: CityConfig, stored: dict[str, Any] | None = None) -> Plan:
+def make_plan(config: CityConfig, stored: dict[str, Any] | None = None, crew: Crew | None = None) -> Plan:
     """Decide everything and check it. stored: what an earlier run in this folder has settled (lattice, block_px).
+
+    crew: the workers that predict; None: this machine's.
 
     Raises UserError, with what was found, what was expected and the cure, for anything that cannot be run.
     """
     stored = stored or {}
-    output = check_output(config.path(config.output))
-    check_folder_is_ours(output, config.file)
+    folder, storage = check_folder(config.folder), config.find_buckets()
+    output = desk_of(folder)
+    check_folder_is_ours(folder, config.file)
+    resolve_crs(config.outputs.crs)
+    check_not_foreign(folder.top(), own_files(folder), config.outputs.formats)
     model = find_model(config.model, config.file.parent)
     card = _card(model, config.module)
     headers, left_out = read_headers(find_images(config.images, config), skip=config.on_tile_error == "skip")
@@ -277,15 +305,17 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None) -> Plan:
         file_names(tiles)
     bounds = placement.bounds
     layout = Layout(lattice, bounds.snap(config.grid.chunk_px), config.grid.chunk_px, len(config.bands))
-    workers = resolve_workers(config.cluster, stored.get("threads"))
+    workers = resolve_workers(config.cluster, stored.get("threads"), crew)
     halo_px, notes = _resolve_halo(config, card)
     notes += _told_of_resolution(config, ground_pixel_m(lattice, bounds), card) + _told_of_resizing(card)
     area = resolve_area(config.area, lattice, [tile.cover for tile in tiles])
-    recipe, task_bytes = _resolve_recipe(config, card, halo_px, layout, workers, stored.get("block_px"))
-    _check_disk(output, tiles, len(config.bands), _seen(layout.grid, area, recipe, card.stride))
+    notes += [] if crew is None else crew.notes
+    recipe, task_bytes = _resolve_recipe(config, card, halo_px, layout, workers, stored.get("block_px"), crew)
+    _check_disk(folder, tiles, len(config.bands), _seen(layout.grid, area, recipe, card.stride))
     threshold = config.vectorize.threshold if config.vectorize.threshold is not None else card.threshold
     return Plan(
         name=config.name,
+        folder=folder,
         output=output,
         tiles=tiles,
         layout=layout,
@@ -301,12 +331,16 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None) -> Plan:
             min_area_m2=config.vectorize.min_area_m2,
             fill_holes_m2=config.vectorize.fill_holes_m2,
             simplify_m=config.vectorize.simplify_m,
+            regularize=config.vectorize.regularize,
+            regularize_min_iou=config.vectorize.regularize_min_iou,
         ),
         workers=workers,
         task_bytes=task_bytes,
         left_out=left_out,
         notes=tuple(notes),
         area=area,
+        model_url=config.model if is_remote(config.model) else None,
+        storage=storage,
     )
 
 
@@ -342,6 +376,15 @@ def _whole_header(path: str) -> TileHeader | UserError:
     return header
 
 
+def check_folder(folder: Folder) -> Folder:
+    """The run folder, if it can be written or made, or its bucket answers. UserError otherwise."""
+    if isinstance(folder, BucketFolder):
+        folder.check("output")
+    else:
+        check_output(folder.path)
+    return folder
+
+
 def check_output(path: Path) -> Path:
     """The output folder, if it exists and can be written or can be made."""
     nearest = next(p for p in (path, *path.parents) if p.exists())
@@ -353,11 +396,27 @@ def check_output(path: Path) -> Path:
 
 
 def find_model(name: str, base: Path) -> Path:
-    """The file of a model bundle: a path relative to base, or the name of a bundle in the package."""
+    """The file of a bundle: a path relative to base, the name of one in the package, or a copy of one in a bucket."""
     try:
-        return resolve_bundle(name, base)
-    except BundleError as error:
+        return copied_bundle(name) if is_remote(name) else resolve_bundle(name, base)
+    except (BundleError, TileError) as error:
         raise UserError(f"model: {error}") from None
+
+
+def copied_bundle(url: str) -> Path:
+    """The file of a bundle in a bucket, copied into the cache of this machine if it is not there yet.
+
+    TileError if it cannot be had.
+    """
+    found = look_up(url)
+    version = blake2b(f"{url}\n{found.size}\n{found.etag}\n{found.modified}".encode(), digest_size=8).hexdigest()
+    copy = cache_folder() / "bundles" / version / PurePosixPath(url).name
+    if not copy.is_file():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with LocalFolder(copy.parent).writing(copy.name) as file:
+            for piece in pieces(url):
+                file.write(piece)
+    return copy
 
 
 def _card(model: Path, allowed_module: str | None) -> Card:
@@ -454,24 +513,31 @@ def _check_resolution(config: CityConfig, headers: Sequence[TileHeader], card: C
             )
 
 
-def resolve_workers(config: ClusterConfig, stored_threads: int | None = None) -> Workers:
+def resolve_workers(config: ClusterConfig, stored_threads: int | None = None, crew: Crew | None = None) -> Workers:
     """Workers, threads and memory from the configuration and what this process may use of the machine.
 
     Not what happens to be free: that would decide the block size. stored_threads: those of the first run in this
-    folder, which are part of the recipe.
+    folder, which are part of the recipe. crew: workers that are not of this machine.
     """
+    if crew is not None:
+        threads = config.threads if config.threads != "auto" else stored_threads or crew.cores
+        return Workers(crew.workers, threads, crew.memory_bytes)
+    if not isinstance(config, LocalConfig):
+        config = LocalConfig(threads=config.threads)
     gpus = torch_gpus()
     cores, memory_bytes = allowance()
     count = config.workers if config.workers != "auto" else gpus or max(1, cores // 8)
     count = min(count, gpus) if gpus else count
     threads = config.threads if config.threads != "auto" else stored_threads or max(1, cores // count)
-    if config.memory == "auto":
-        total = int(memory_bytes * 0.8)
-    else:
-        unit = config.memory.lstrip("0123456789. ")
-        number = float(config.memory.removesuffix(unit))
-        total = int(number * {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}[unit])
+    total = int(memory_bytes * 0.8) if config.memory == "auto" else bytes_of(config.memory)
     return Workers(count, threads, total // count)
+
+
+def bytes_of(text: str) -> int:
+    """A number with its unit, such as 8 GiB, in bytes."""
+    unit = text.lstrip("0123456789. ")
+    number = float(text.removesuffix(unit))
+    return int(number * {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}[unit])
 
 
 def torch_gpus() -> int:
@@ -559,19 +625,26 @@ def _resolve_unbounded_halo(asked: int | str, card: Card) -> tuple[int, list[str
 
 
 def _resolve_recipe(
-    config: CityConfig, card: Card, halo_px: int, layout: Layout, workers: Workers, stored_block_px: int | None
+    config: CityConfig,
+    card: Card,
+    halo_px: int,
+    layout: Layout,
+    workers: Workers,
+    stored_block_px: int | None,
+    crew: Crew | None,
 ) -> tuple[Recipe, int]:
     """The recipe, and the bytes that one predict task takes with it."""
     import torch
 
     from segpipe.models.field import peak_bytes_per_px
-    from segpipe.models.predictor import device_recipe, fast_bfloat16, resolve_device
+    from segpipe.models.predictor import device_recipe, is_fast_in_bfloat16, resolve_device
     from segpipe.models.weights import blank_network
 
-    device = resolve_device()
+    own = device_recipe(resolve_device())
+    device, version = (own["device"], own["torch"]) if crew is None else (crew.device, crew.torch)
     precision = config.predict.precision
     if precision == "auto":
-        precision = "bfloat16" if fast_bfloat16(device) else "float32"
+        precision = "bfloat16" if is_fast_in_bfloat16(device) else "float32"
     try:
         per_px = peak_bytes_per_px(blank_network(card), getattr(torch, precision), len(card.bands))
     except ValueError as error:
@@ -606,15 +679,14 @@ def _resolve_recipe(
             f" smaller `grid: {{block_px: …}}`,"
             f" fewer `cluster: {{workers: …}}`, or more memory"
         )
-    kind = device_recipe(device)
-    recipe = Recipe(
-        kind["device"], precision, "eager", workers.threads, kind["torch"], block_px, halo_px, config.predict.tta
-    )
+    recipe = Recipe(device, precision, "eager", workers.threads, version, block_px, halo_px, config.predict.tta)
     return recipe, task_bytes(block_px)
 
 
-def _check_disk(output: Path, tiles: Sequence[Tile], bands: int, seen: Window) -> None:
-    needed = disk_bytes(tiles, bands, seen)
+def _check_disk(folder: Folder, tiles: Sequence[Tile], bands: int, seen: Window) -> None:
+    if isinstance(folder, BucketFolder):
+        return
+    needed, output = disk_bytes(tiles, bands, seen), folder.path
     nearest = next(p for p in (output, *output.parents) if p.exists())
     have = shutil.disk_usage(nearest).free
     kept = sum(p.stat().st_size for p in (output / "store.zarr").rglob("*") if p.is_file())

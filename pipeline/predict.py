@@ -25,9 +25,9 @@ from segpipe.models.predictor import FULL_U8, INVALID_U8, halo_of
 from segpipe.models.weights import Bundle, BundleError, Card, load_bundle
 from segpipe.tasks.errors import TileError, UserError
 
+from .beside import written_beside
 from .pairs import read_picture
 from .plan import check_output, find_model
-from .publish import written_beside
 
 GAP_PX = 6
 MOST_PX = 178_000_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+
+from .logs import tell
 
 if TYPE_CHECKING:
     from .cluster import Outcome
@@ -51,9 +54,11 @@ class Listener:
     def __init__(self, console: Console, records: TextIO) -> None:
         self._console = console
         self._records = records
-        self._totals: dict[str, int] = {}
+        self.totals: dict[str, int] = {}
         self._bars: dict[str, TaskID] = {}
         self._logged = time.monotonic()
+        self.started = time.time()
+        """When this run began, in seconds of the epoch, as its tasks tell when they ended."""
         self.stages: dict[str, StageSums] = {}
         columns = (
             TextColumn("{task.description:>10}"),
@@ -68,10 +73,11 @@ class Listener:
     def say(self, text: str) -> None:
         """One line of text."""
         self._console.print(text, highlight=False, soft_wrap=True)
+        tell(text)
 
     def expect(self, stage: str, units: int) -> None:
         """A stage will have so many units in all."""
-        self._totals[stage] = units
+        self.totals[stage] = units
         self.stages.setdefault(stage, StageSums())
         if stage in self._bars:
             self._progress.update(self._bars[stage], total=units)
@@ -98,6 +104,7 @@ class Listener:
         """A task has failed for good."""
         self.stages[stage].failed += 1
         self._record({"stage": stage, "unit": unit, "error": str(error), "ended": time.time()})
+        tell(f"{stage} {unit}: {error}", logging.ERROR, event="failed", stage=stage, unit=unit)
         self._show(stage)
 
     def _record(self, values: dict[str, Any]) -> None:
@@ -109,13 +116,24 @@ class Listener:
         speed = f"{sums.mpx_per_s:.2f} Mpx/s" if sums.mpx_per_s else ""
         self._progress.update(self._bars[stage], completed=ended, speed=speed)
         now = time.monotonic()
-        if not self._console.is_terminal and (now - self._logged > LOG_EVERY_S):
+        if now - self._logged > LOG_EVERY_S:
             self._logged = now
-            self.say(self._line())
+            self._say_line()
+
+    def _say_line(self) -> None:
+        """How far it is: in words where there are no bars, and in the log."""
+        line = self._line()
+        if not self._console.is_terminal:
+            self._console.print(line, highlight=False, soft_wrap=True)
+        stages = {
+            stage: {"total": total, **asdict(self.stages[stage]), "wall_s": self.stages[stage].wall_s}
+            for stage, total in self.totals.items()
+        }
+        tell(line, event="progress", stages=stages)
 
     def _line(self) -> str:
         parts = []
-        for stage, total in self._totals.items():
+        for stage, total in self.totals.items():
             sums = self.stages[stage]
             ended = sums.units + sums.reused + sums.failed
             speed = f" {sums.mpx_per_s:.2f} Mpx/s" if sums.mpx_per_s else ""
@@ -129,8 +147,8 @@ class Listener:
         """Show bars while the block runs."""
         with self._progress:
             yield
-        if not self._console.is_terminal and self._totals:
-            self.say(self._line())
+        if self.totals:
+            self._say_line()
 
 
 def show_summary(console: Console, stages: dict[str, StageSums]) -> None:
@@ -142,9 +160,9 @@ def show_summary(console: Console, stages: dict[str, StageSums]) -> None:
     console.print(table)
 
 
-def terminal() -> Console:
-    """The console for messages: standard error, so that output can be piped."""
-    return Console(file=sys.stderr)
+def terminal(quiet: bool = False) -> Console:
+    """The console for messages: standard error, so that output can be piped. quiet: it says nothing."""
+    return Console(file=sys.stderr, quiet=quiet)
 
 
 def _is_torn(path: Path) -> bool:

@@ -1,568 +1,326 @@
-"""Publish: footprints to a GeoPackage and rasters to COGs, each written beside, checked, and renamed into place.
-
-The only module that writes GeoPackages. Nothing is held as a whole: footprints stream through in Arrow batches and
-rasters in windows, so memory is set by the batch and the block, not by the city.
-"""
+"""Publish: footprints to a GeoPackage and rasters to COGs, each written beside, checked, and renamed into place."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import sqlite3
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyogrio
-import pyogrio.errors
-import pyogrio.raw
-import rasterio
-import rasterio.errors
-import rasterio.shutil
-import rasterio.windows
-import shapely
 from numpy.typing import NDArray
-from rasterio._err import CPLE_BaseError  # the base of what rasterio.shutil.copy raises; it has no public name
 
-from segpipe.tasks.errors import RunError
-from segpipe.tasks.grid import Lattice, Window
+from segpipe.tasks.attributes import Imagery, publishable
+from segpipe.tasks.files import tile_name
+from segpipe.tasks.fragments import finished_from_bytes
+from segpipe.tasks.grid import Window
+from segpipe.tasks.neighbours import bounds_of, keep_apart
 from segpipe.tasks.predict import INVALID
+from segpipe.tasks.regularize import REACH_PX
+from segpipe.tasks.vectorize import FULL_U8, Buildings, mask_of
 
-from . import changes
+from . import changes, manifest
+from .allocator import give_freed_memory_back
+from .beside import partial_path
+from .config import CityConfig
+from .flow import Block
+from .formats import FILES, remove_formats, resolve_crs, write_formats
+from .geopackage import CHANGES_LAYER, add_changes, read_rows, write_geopackage
+from .placing import find_published, place_geopackage
+from .plan import Plan
+from .progress import Listener, StageSums
+from .rasters import PROBABILITY_SCALE, Look, write_cog
+from .rows import BATCH_ROWS
+from .run_layers import about, add_run_layers
+from .stages import Receipt, Site, cell_unit, read_fragment, read_joined, read_probability, tile_unit
+from .storage import write_bytes
+from .styles import PROBABILITY_QML, ramp_rgb
+from .tile_masks import write_tile_masks
 
-LAYER = "buildings"
-CHANGES_LAYER = "changes"
-BATCH_ROWS = 1024
-"""Most rows of a batch, in and out: a large city takes as little memory as a small one, and no more time."""
-
-SCHEMA = pa.schema(
-    [
-        pa.field("building_id", pa.string()),
-        pa.field("area_m2", pa.float64()),
-        pa.field("pixels", pa.int64()),
-        pa.field("confidence", pa.float64()),
-        pa.field("cut", pa.bool_()),
-        pa.field("geometry", pa.binary()),
-    ]
-)
-"""Columns of the batches: area_m2 on the ground, pixels of the mask, cut: it goes on into imagery that was not
-predicted, geometry as WKB in coordinates of the CRS."""
-
-PARTIAL = ".partial-segpipe"
-"""Marks what is not finished: `mask.partial-segpipe.tif` beside `mask.tif`."""
-
-TILE_PX = 512
-"""Internal tiles of the COGs."""
+ORDER_CELL_PX = 4096
+"""Buildings are published cell by cell of the lattice, row by row, and in a cell by first pixel: whatever the cut."""
 
 
 @dataclass(frozen=True)
-class Written:
-    """What a GeoPackage holds: number of features, digest of its rows, (xmin, ymin, xmax, ymax) or None if empty."""
+class Published:
+    """What a run has published.
 
-    features: int
-    digest: str
-    bounds: tuple[float, float, float, float] | None
-
-
-def partial_path(path: Path) -> Path:
-    """Where a file is written before it is renamed to path: beside it, with the same suffix."""
-    return path.with_name(f"{path.stem}{PARTIAL}{path.suffix}")
-
-
-@contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which is renamed to path at the end; RunError if writing fails, and nothing is left."""
-    partial = partial_path(path)
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise _write_error(path, error) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _write_error(path: Path, error: Exception) -> RunError:
-    free_mb = shutil.disk_usage(path.parent).free / 1e6 if path.parent.is_dir() else 0
-    return RunError(f"{path}: cannot be written ({error}); {free_mb:,.0f} MB are free in this folder")
-
-
-# GeoPackage
-
-
-def write_geopackage(path: Path, batches: Iterable[pa.RecordBatch], crs_wkt: str) -> Written:
-    """Write footprints as layer `buildings`, in the order given, with a spatial index and a default QGIS style.
-
-    The batches have the columns of SCHEMA. They are checked as they stream through (valid Polygons only), and the file
-    is read back: number, extent and rows must be those that went in. Raises RunError otherwise, and leaves no file.
+    changes: buildings added, removed and modified since the last publishing; validity: invalid pixels by reason;
+    skipped: tiles that could not be read, and why; tile_masks, files: paths in the run folder of the masks of
+    single tiles and of the footprints in other formats.
     """
-    _remove_with_siblings(path)
-    with _whole_or_gone(path):
-        return _write_checked(path, LAYER, _CheckedStream(batches, SCHEMA), crs_wkt, STYLE_QML, "translucent outlines")
+
+    geopackage: Path
+    rows_digest: str
+    buildings: int
+    buildings_m2: float
+    mask_px: int
+    valid_px: int
+    changes: dict[str, int]
+    validity: dict[str, int]
+    skipped: dict[str, str]
+    notes: tuple[str, ...]
+    stages: dict[str, StageSums]
+    tile_masks: tuple[str, ...]
+    files: tuple[str, ...]
 
 
-def add_changes(path: Path, batches: Iterable[pa.RecordBatch], crs_wkt: str) -> dict[str, int]:
-    """Add layer `changes` to a written GeoPackage, in the order given, as `write_geopackage` does; number of each kind.
+def publish_all(
+    config: CityConfig, plan: Plan, listener: Listener, homes: list[Block], skipped: dict[int, str]
+) -> Published:
+    """Write GeoPackage, rasters, preview and report beside, check them, and rename them into place."""
+    start = time.perf_counter()
+    listener.expect("publish", 1)
+    manifest.revoke(plan.folder)
+    write_bytes(plan.output / "city.yaml", config.resolved_yaml().encode())
+    site, folder = Site(plan), plan.output
+    threshold_u8 = plan.vector.threshold_u8
+    mask_px = valid_px = 0
+    valid: Window | None = None
 
-    The batches have the columns of changes.SCHEMA, and may be read from the file itself: all are taken before the first
-    is written, into a file beside it. Raises RunError, and leaves no file.
+    def read_mask(window: Window) -> NDArray[np.uint8]:
+        nonlocal mask_px, valid_px, valid
+        prob_HW = read_in_area(site, window)
+        mask_HW = mask_of(prob_HW, threshold_u8)
+        mask_px += int(np.count_nonzero(mask_HW))
+        valid_px += int(np.count_nonzero(prob_HW != INVALID))
+        valid = _union(valid, _bounds_of(prob_HW != INVALID, window))
+        return np.where(prob_HW == INVALID, np.uint8(INVALID), mask_HW.astype(np.uint8))
+
+    give_freed_memory_back()
+    geopackage = partial_path(folder / "buildings.gpkg")
+    area = _Sum()
+    block_px = min(plan.block_px, ORDER_CELL_PX)
+    write_cog(folder / "mask.tif", read_mask, plan.bounds, plan.lattice, resampling="mode", block_px=block_px)
+    give_freed_memory_back()
+    rows = batches_in_order(site, homes, _imagery(plan, skipped, valid))
+    written = write_geopackage(geopackage, area.of(rows), plan.lattice.crs_wkt, about(plan))
+    give_freed_memory_back()
+    write_cog(
+        folder / "probability.tif",
+        lambda window: read_in_area(site, window),
+        plan.bounds,
+        plan.lattice,
+        resampling="average",
+        block_px=block_px,
+        look=Look(PROBABILITY_SCALE, {value: ramp_rgb(value * PROBABILITY_SCALE) for value in range(FULL_U8 + 1)}),
+    )
+    write_bytes(folder / "probability.qml", PROBABILITY_QML.encode())
+    give_freed_memory_back()
+    asked_for = plan.tiles if config.publish.tile_masks else ()
+    tile_masks = write_tile_masks(folder, folder / "mask.tif", asked_for, plan.lattice)
+    notes = list(plan.notes)
+    left: list[str] = []
+    known = manifest.revoke(plan.folder, written.digest)
+    changed = write_changes(plan, geopackage, written.digest, known, listener)
+    counts = {"buildings": written.features, "buildings_m2": round(area.total, 2)}
+    counts |= {"mask_px": mask_px, "valid_px": valid_px}
+    add_run_layers(geopackage, plan, skipped, config.resolved_yaml(), counts)
+    placed = place_geopackage(
+        geopackage,
+        folder,
+        known,
+        lambda path, why: left.append(f"{path.name} {why}, and is left alone"),
+    )
+    files = _other_formats(config, plan, placed)
+    if left:
+        notes.append(f"{'; '.join(left)}; the new one is {plan.folder.file(placed.name)}")
+        listener.say(notes[-1])
+    if oversized := sum(_joined_at(site, home).get("oversized", 0) for home in homes):
+        notes.append(
+            f"{oversized} buildings reach further than a block: memory was set by them, not by the block alone"
+        )
+        listener.say(notes[-1])
+    seconds = time.perf_counter() - start
+    listener.done(Receipt("publish", plan.name, plan.bounds.pixels, placed.stat().st_size, seconds, {}))
+    return Published(
+        geopackage=placed,
+        rows_digest=written.digest,
+        buildings=written.features,
+        buildings_m2=area.total,
+        mask_px=mask_px,
+        valid_px=valid_px,
+        changes=changed,
+        validity=_validity(site, skipped),
+        skipped=plan.left_out | {plan.tiles[tile].path: reason for tile, reason in skipped.items()},
+        notes=tuple(notes),
+        stages=listener.stages,
+        tile_masks=tuple(tile_masks),
+        files=tuple(files),
+    )
+
+
+def _other_formats(config: CityConfig, plan: Plan, geopackage: Path) -> list[str]:
+    """Write the footprints in the formats that are asked for, and delete those that earlier runs were asked for."""
+    asked, own = config.outputs.formats, manifest.own_files(plan.folder)
+    manifest.begin_files(plan.folder, [FILES[each] for each in asked])
+    remove_formats(plan.output, asked, own)
+    out_wkt = resolve_crs(config.outputs.crs)
+    return write_formats(plan.output, geopackage, asked, plan.lattice.crs_wkt, out_wkt)
+
+
+def read_in_area(site: Site, window: Window) -> NDArray[np.uint8]:
+    """prob_HW of a window as it is published: what lies outside the area is invalid too."""
+    prob_HW, area = read_probability(site, window), site.plan.area
+    return prob_HW if area is None else np.where(area.inside(window), prob_HW, np.uint8(INVALID))
+
+
+def write_changes(
+    plan: Plan, geopackage: Path, digest: str, known: Mapping[str, Collection[str]], listener: Listener
+) -> dict[str, int]:
+    """Add what has changed since the last publishing to a GeoPackage that is to be placed; number of each kind.
+
+    digest: of its rows; known: digests of the rows that were published, by file name. The same rows again, be it after
+    a kill or because a picture was missing, keep the changes that they came with. Nothing is told where nothing was
+    published before, or on another lattice: ids are places on it.
     """
-    with _whole_or_gone(path):
-        beside = path.with_name(f"{path.name}.changes")
-        counts = dict.fromkeys(changes.KINDS, 0)
-        with pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, changes.SCHEMA) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-                for kind in changes.KINDS:
-                    counts[kind] += batch.column("change").to_pylist().count(kind)
-        with pa.OSFile(str(beside), "rb") as source, pa.ipc.open_stream(source) as reader:
-            small = (
-                batch.slice(first, BATCH_ROWS) for batch in reader for first in range(0, batch.num_rows, BATCH_ROWS)
-            )
-            stream = _CheckedStream(small, changes.SCHEMA)
-            _write_checked(path, CHANGES_LAYER, stream, crs_wkt, CHANGES_QML, "by kind of change")
-        beside.unlink()
+    name, lattice = manifest.last_published(plan.folder)
+    last = find_published(plan.output, known, name)
+    if last is not None and last[1] == digest:
+        rows = read_rows(last[0], CHANGES_LAYER, changes.SCHEMA)
+        return add_changes(geopackage, rows, plan.lattice.crs_wkt)
+    rows = iter(())
+    if last is not None and lattice == asdict(plan.lattice):
+        rows = changes.compare(read_rows(last[0]), read_rows(geopackage), ORDER_CELL_PX)
+    counts = add_changes(geopackage, rows, plan.lattice.crs_wkt)
+    if last is not None:
+        told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        listener.say(f"{'changes':>10}  {told if lattice == asdict(plan.lattice) else 'not told: another lattice'}")
     return counts
 
 
-@contextmanager
-def _whole_or_gone(path: Path) -> Iterator[None]:
-    """Remove a file that could not be written whole. What libraries raise becomes a RunError."""
-    try:
-        yield
-    except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, sqlite3.Error, OSError) as error:
-        _remove_with_siblings(path)
-        raise _write_error(path, error) from error
-    except BaseException:
-        _remove_with_siblings(path)
-        raise
+def _joined_at(site: Site, home: Block) -> dict[str, Any]:
+    return site.ledger.entry("join", cell_unit(*home)) or {}
 
 
-def rows_digest(path: Path) -> str:
-    """Digest of the rows of layer `buildings` in the order of their fid: ids, attributes and geometries.
+class _Sum:
+    """The sum of a column of batches on their way."""
 
-    Of the rows, not of the file: QGIS changes a file by opening it. An added, missing or retyped column changes it too;
-    other layers do not. Raises pyogrio.errors.DataSourceError or DataLayerError if there is no such file or layer.
+    total = 0.0
+
+    def of(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            self.total += float(np.asarray(batch.column("area_m2")).sum())
+            yield batch
+
+
+def _validity(site: Site, skipped: dict[int, str]) -> dict[str, int]:
+    """Pixels found invalid in the tiles that were looked at, by reason."""
+    reasons: Counter[str] = Counter()
+    for tile in site.plan.tiles_seen():
+        it = site.plan.tiles[tile]
+        if tile in skipped:
+            reasons["tile skipped"] += it.window.pixels
+        elif (entry := site.ledger.entry("scan", tile_unit(site.plan, tile))) is not None:
+            reasons.update(entry["by_reason"])
+    return {reason: pixels for reason, pixels in sorted(reasons.items()) if pixels}
+
+
+def _union(one: Window | None, other: Window | None) -> Window | None:
+    return one if other is None else other if one is None else one.union(other)
+
+
+def _bounds_of(there_HW: NDArray[np.bool_], window: Window) -> Window | None:
+    """The smallest window around what is True in an array that covers a window."""
+    rows, cols = np.flatnonzero(there_HW.any(axis=1)), np.flatnonzero(there_HW.any(axis=0))
+    if not len(rows):
+        return None
+    row, col = window.row_off, window.col_off
+    return Window.between(row + int(rows[0]), col + int(cols[0]), row + int(rows[-1]) + 1, col + int(cols[-1]) + 1)
+
+
+def _imagery(plan: Plan, skipped: Collection[int], valid: Window | None) -> Imagery:
+    """Where the tiles lie that could be read. What is valid in an area says nothing of where the imagery ends."""
+    tiles = [tile for index, tile in enumerate(plan.tiles) if index not in skipped]
+    names = [tile_name(tile.path) for tile in tiles]
+    return Imagery(names, [tile.cover for tile in tiles], valid if plan.area is None else None)
+
+
+def batches_in_order(site: Site, homes: list[Block], imagery: Imagery) -> Iterator[pa.RecordBatch]:
+    """All buildings that meet the area in the order of the lattice, in batches of at most BATCH_ROWS rows.
+
+    Their outlines are as asked for, or raw where they would overlap a neighbour's. At most the buildings of the blocks
+    under one cell of the order are held, and those beside it that touch the bounds of one of its own.
     """
-    return _layer_digest(path, LAYER, SCHEMA, {})
-
-
-def _layer_digest(path: Path, layer: str, schema: pa.Schema, options: Mapping[str, str]) -> str:
-    """Digest of the rows of any layer that should have these columns. options: GDAL's for opening the file."""
-    how: dict[str, Any] = {"layer": layer, "batch_size": BATCH_ROWS, "use_pyarrow": True, **options}
-    with pyogrio.raw.open_arrow(path, **how) as (meta, reader):
-        geometry_name = meta["geometry_name"] or "wkb_geometry"
-        columns = [(field.name, str(field.type)) for field in reader.schema if field.name != geometry_name]
-        if columns != [(name, str(schema.field(name).type)) for name in schema.names if name != "geometry"]:
-            return hashlib.sha256(repr(columns).encode()).hexdigest()
-        digest = _RowsDigest(schema)
-        for batch in reader:
-            digest.update(batch, shapely.from_wkb(batch.column(geometry_name).to_numpy(zero_copy_only=False)))
-    return digest.hexdigest()
-
-
-def read_rows(path: Path, layer: str = LAYER, schema: pa.Schema = SCHEMA) -> Iterator[pa.RecordBatch]:
-    """The rows of a published layer in the order of their fid, in batches of at most BATCH_ROWS.
-
-    No row where the file has no such layer, or one with other columns. Nothing is written beside the file and nobody is
-    waited for, even if another program has it open.
-    """
-    if layer not in pyogrio.list_layers(path)[:, 0]:
-        return
-    how: dict[str, Any] = {"layer": layer, "batch_size": BATCH_ROWS, "use_pyarrow": True, **UNTOUCHED}
-    with pyogrio.raw.open_arrow(path, **how) as (meta, reader):
-        geometry_name = meta["geometry_name"] or "wkb_geometry"
-        if {*reader.schema.names} != {*schema.names} - {"geometry"} | {geometry_name}:
-            return
-        for batch in reader:
-            columns = [batch.column(geometry_name if name == "geometry" else name) for name in schema.names]
-            yield pa.RecordBatch.from_arrays(
-                [column.cast(field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
-            )
-
-
-UNTOUCHED = {"IMMUTABLE": "YES"}
-"""Opens a GeoPackage as it lies on disk: no lock, no journal, no file beside it."""
-
-
-def find_published(folder: Path, published: Mapping[str, Collection[str]], last: str | None) -> tuple[Path, str] | None:
-    """The GeoPackage that holds what was published last, and the digest of its rows; None where there is none.
-
-    published: digests by file name, as for `place_geopackage`; last: the name under which it was published. Where that
-    file holds other rows, or is gone, it is the one with the highest number that holds rows that were published.
-    """
-    paths = sorted((folder / name for name in published), key=lambda path: (path.name == last, _number(path)))
-    for path in reversed(paths):
-        try:
-            digest = _layer_digest(path, LAYER, SCHEMA, UNTOUCHED)
-        except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, OSError):
-            continue
-        if digest in published[path.name]:
-            return path, digest
-    return None
-
-
-def _number(path: Path) -> int:
-    """2 of buildings-2.gpkg, 1 of buildings.gpkg."""
-    return int(path.stem.partition("-")[2] or 1)
-
-
-def place_geopackage(
-    written: Path,
-    folder: Path,
-    published: Mapping[str, Collection[str]],
-    left_alone: Callable[[Path, str], None] = lambda path, reason: None,
-) -> Path:
-    """Rename a written GeoPackage to buildings.gpkg in folder, or to buildings-2.gpkg and so on, and say which.
-
-    A file is only replaced if it holds rows that were published under its name (published: digests by file name) or
-    the very rows of the new one, no tables of somebody's own, and nobody has it open. Any other is left alone, and
-    left_alone is told which, and why, in words that go on from the file's name.
-    """
-    number = 1
-    while True:
-        path = folder / ("buildings.gpkg" if number == 1 else f"buildings-{number}.gpkg")
-        reason = _why_left_alone(path, written, published.get(path.name, ())) if os.path.lexists(path) else None
-        if reason is None:
-            written.replace(path)
-            return path
-        left_alone(path, reason)
-        number += 1
-
-
-OPEN = "is open in another program"
-CHANGED = "holds other rows than were published"
-
-
-def _why_left_alone(path: Path, written: Path, published: Collection[str]) -> str | None:
-    if any(path.with_name(path.name + suffix).exists() for suffix in ("-wal", "-journal")) or _is_locked(path):
-        return OPEN
-    try:
-        digest = rows_digest(path)
-        foreign_tables = _tables(path) - _tables(written)
-    except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, sqlite3.Error, OSError):
-        return CHANGED
-    if foreign_tables:
-        return f"holds a table {', '.join(sorted(foreign_tables))} that was not published"
-    return None if digest in published or digest == rows_digest(written) else CHANGED
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether another program is writing to a database, asked without waiting: GDAL would wait for 25 s."""
-    try:
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=0)) as database:
-            database.execute("BEGIN IMMEDIATE")
-            database.rollback()
-    except sqlite3.OperationalError as error:
-        return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-    except sqlite3.DatabaseError:
-        return False  # no database at all
-    return False
-
-
-def _tables(path: Path) -> set[str]:
-    """Names of the tables with content, without those that SQLite and the GeoPackage libraries keep for themselves."""
-    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
-        names = {str(name) for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    return {name for name in names if not name.startswith(("sqlite_", "gpkg_", "rtree_"))}
-
-
-def _remove_with_siblings(path: Path) -> None:
-    """Remove a file and what SQLite and GDAL write beside it: journals, temporary indices and overviews."""
-    for part in path.parent.glob(f"{path.name}*"):
-        part.unlink(missing_ok=True)
-
-
-def _write_checked(path: Path, layer: str, stream: _CheckedStream, crs_wkt: str, qml: str, style: str) -> Written:
-    """Write one layer and its default style, read it back, and say what it holds."""
-    _write_layer(path, layer, stream, crs_wkt)
-    _add_style(path, layer, qml, style)
-    written = Written(stream.features, stream.digest.hexdigest(), stream.bounds)
-    _check_layer(path, layer, stream.schema, written)
-    return written
-
-
-def _write_layer(path: Path, layer: str, stream: _CheckedStream, crs_wkt: str) -> None:
-    try:
-        # The index is sorted in memory, 70 bytes a building, until this many bytes; from there on it grows on disk.
-        pyogrio.set_gdal_config_options({"OGR_GPKG_MAX_RAM_USAGE_RTREE": str(64 << 20)})
-        pyogrio.raw.write_arrow(
-            pa.RecordBatchReader.from_batches(stream.schema, iter(stream)),
-            path,
-            layer=layer,
-            driver="GPKG",
-            geometry_name="geometry",
-            geometry_type="Polygon",
-            crs=crs_wkt,
-            # Older QGIS warns about 1.4, which is GDAL's default.
-            dataset_options={} if path.exists() else {"VERSION": "1.2"},
-            layer_options={"SPATIAL_INDEX": "YES", "GEOMETRY_NAME": "geom", "FID": "fid"},
-        )
-    finally:
-        pyogrio.set_gdal_config_options({"OGR_GPKG_MAX_RAM_USAGE_RTREE": None})
-        # An exception in the generator comes through the C stream as a text without its kind: the first one counts.
-        if stream.error is not None:
-            raise stream.error
-
-
-def _check_layer(path: Path, layer: str, schema: pa.Schema, written: Written) -> None:
-    info = pyogrio.read_info(path, layer=layer, force_feature_count=True, force_total_bounds=True)
-    if info["features"] != written.features:
-        raise RunError(f"{path}: {info['features']} features found in {layer} after writing {written.features}")
-    # The file keeps its extent in 16 digits: one less than a coordinate may need.
-    if written.bounds is not None and not np.allclose(info["total_bounds"], written.bounds, rtol=1e-12, atol=1e-6):
-        raise RunError(f"{path}: extent {info['total_bounds']} found in {layer} after writing {written.bounds}")
-    if _layer_digest(path, layer, schema, {}) != written.digest:
-        raise RunError(f"{path}: the rows of {layer} read back are not those written; the disk may be faulty")
-
-
-class _CheckedStream:
-    """Batches on their way to the writer: counts, bounds and digest grow with every batch that passes."""
-
-    def __init__(self, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
-        self._batches = batches
-        self.schema = schema
-        self.features = 0
-        self.bounds: tuple[float, float, float, float] | None = None
-        self.digest = _RowsDigest(schema)
-        self.error: BaseException | None = None
-
-    def __iter__(self) -> Iterator[pa.RecordBatch]:
-        try:
-            for batch in self._batches:
-                yield self._check(batch)
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            self.error = error
-            raise
-
-    def _check(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        assert batch.num_rows <= BATCH_ROWS, f"batch of {batch.num_rows} rows: at most {BATCH_ROWS} are written at once"
-        batch = batch.select(self.schema.names).cast(self.schema)
-        geometries = shapely.from_wkb(batch.column("geometry").to_numpy(zero_copy_only=False))
-        good = (shapely.get_type_id(geometries) == shapely.GeometryType.POLYGON) & shapely.is_valid(geometries)
-        good &= ~shapely.is_empty(geometries)
-        if not good.all():
-            row = int(np.flatnonzero(~good)[0])
-            reason = shapely.is_valid_reason(geometries[row])
-            raise RunError(f"building {batch.column('building_id')[row]}: not a valid Polygon ({reason})")
-        if batch.num_rows:
-            bounds = shapely.total_bounds(geometries)
-            if self.bounds is not None:
-                bounds = np.concatenate([np.minimum(bounds, self.bounds)[:2], np.maximum(bounds, self.bounds)[2:]])
-            self.bounds = (float(bounds[0]), float(bounds[1]), float(bounds[2]), float(bounds[3]))
-        self.digest.update(batch, geometries)
-        self.features += batch.num_rows
-        return batch
-
-
-class _RowsDigest:
-    """SHA-256 over columns of rows; how the rows are cut into batches does not matter."""
-
-    def __init__(self, schema: pa.Schema) -> None:
-        self._attributes = [field for field in schema if field.name != "geometry"]
-        parts = [part for name in schema.names for part in (name, f"{name} length")]
-        self._hashes = {part: hashlib.sha256() for part in (*parts, "null")}
-
-    def update(self, batch: pa.RecordBatch, geometries: NDArray[np.object_]) -> None:
-        """Add rows: the attributes from batch, and the geometries as little-endian WKB in two dimensions."""
-        nulls = [batch.column(field.name).is_null().to_numpy(zero_copy_only=False) for field in self._attributes]
-        self._hashes["null"].update(np.stack([*nulls, shapely.is_missing(geometries)], axis=1).tobytes())
-        for field in self._attributes:
-            column = batch.column(field.name)
-            if pa.types.is_string(field.type):
-                self._update_texts(field.name, [text.encode() for text in column.fill_null("").to_pylist()])
-            else:
-                values = column.fill_null(False if pa.types.is_boolean(field.type) else 0).to_numpy(
-                    zero_copy_only=False
-                )
-                self._hashes[field.name].update(values.astype(values.dtype.newbyteorder("<")).tobytes())
-        wkb = shapely.to_wkb(geometries, output_dimension=2, byte_order=1, flavor="iso")
-        self._update_texts("geometry", [part or b"" for part in wkb])
-
-    def _update_texts(self, name: str, parts: list[bytes]) -> None:
-        self._hashes[name].update(b"".join(parts))
-        self._hashes[f"{name} length"].update(np.fromiter((len(part) for part in parts), "<i8", len(parts)).tobytes())
-
-    def hexdigest(self) -> str:
-        """The digest so far."""
-        return hashlib.sha256(b"".join(column.digest() for column in self._hashes.values())).hexdigest()
-
-
-def _add_style(path: Path, layer: str, qml: str, description: str) -> None:
-    """Give a layer its default style in table layer_styles, which is made as QGIS makes it.
-
-    QGIS finds a default style only where catalog and schema are empty texts, not NULL.
-    """
-    with closing(sqlite3.connect(path)) as database, database:
-        database.execute(STYLE_TABLE)
-        database.execute(
-            "INSERT INTO layer_styles (f_table_catalog, f_table_schema, f_table_name, f_geometry_column, styleName,"
-            " styleQML, styleSLD, useAsDefault, description, owner) VALUES ('', '', ?, 'geom', ?, ?, '', 1, ?, '')",
-            (layer, layer, qml, description),
-        )
-        database.execute(
-            "INSERT OR IGNORE INTO gpkg_contents (table_name, data_type, identifier, description, srs_id)"
-            " VALUES ('layer_styles', 'attributes', 'layer_styles', '', 0)"
-        )
-
-
-STYLE_TABLE = """CREATE TABLE IF NOT EXISTS layer_styles (
-    id INTEGER PRIMARY KEY AUTOINCREMENT NOT NULL,
-    f_table_catalog TEXT(256), f_table_schema TEXT(256), f_table_name TEXT(256), f_geometry_column TEXT(256),
-    styleName TEXT(30), styleQML TEXT, styleSLD TEXT, useAsDefault BOOLEAN, description TEXT, owner TEXT(30),
-    ui TEXT(30), update_time DATETIME DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ','now'))
-)"""
-
-
-@dataclass(frozen=True)
-class _Fill:
-    """How a polygon is drawn. Colours are red, green, blue and opacity, 0 to 255."""
-
-    fill_rgba: str
-    outline_rgba: str
-    outline_mm: float = 0.3
-
-
-def _symbol(number: int, fill: _Fill) -> str:
-    """A simple fill in QGIS's terms. Options are read by 3.18 and newer, props by older ones."""
-    values = {
-        "color": fill.fill_rgba,
-        "joinstyle": "miter",
-        "offset": "0,0",
-        "offset_unit": "MM",
-        "outline_color": fill.outline_rgba,
-        "outline_style": "solid",
-        "outline_width": str(fill.outline_mm),
-        "outline_width_unit": "MM",
-        "style": "solid",
-    }
-    options = "".join(f'<Option name="{name}" type="QString" value="{value}"/>' for name, value in values.items())
-    props = "".join(f'<prop k="{name}" v="{value}"/>' for name, value in values.items())
-    return (
-        f'<symbol type="fill" name="{number}" alpha="1" clip_to_extent="1" force_rhr="0">'
-        f'<layer class="SimpleFill" enabled="1" locked="0" pass="0">'
-        f'<Option type="Map">{options}</Option>{props}</layer></symbol>'
-    )
-
-
-def _style_qml(fills: Mapping[str, _Fill], attribute: str | None = None) -> str:
-    """A QGIS 3 layer style: one symbol for all, or one for each value of an attribute."""
-    symbols = "".join(_symbol(number, fill) for number, fill in enumerate(fills.values()))
-    categories = "".join(
-        f'<category render="true" type="string" symbol="{number}" value="{value}" label="{value}"/>'
-        for number, value in enumerate(fills)
-    )
-    kind = "singleSymbol" if attribute is None else "categorizedSymbol"
-    return (
-        "<!DOCTYPE qgis PUBLIC 'http://mrcc.com/qgis.dtd' 'SYSTEM'>\n"
-        '<qgis version="3.22.0" styleCategories="Symbology">'
-        f'<renderer-v2 type="{kind}" symbollevels="0" enableorderby="0" forceraster="0"'
-        + (f' attr="{attribute}"><categories>{categories}</categories>' if attribute else ">")
-        + f"<symbols>{symbols}</symbols><rotation/><sizescale/></renderer-v2>"
-        "<blendMode>0</blendMode><featureBlendMode>0</featureBlendMode><layerGeometryType>2</layerGeometryType></qgis>"
-    )
-
-
-STYLE_QML = _style_qml({LAYER: _Fill("255,127,14,80", "214,78,0,255")})
-CHANGES_QML = _style_qml(
-    {
-        "added": _Fill("44,160,44,110", "23,110,23,255"),
-        "removed": _Fill("214,39,40,110", "140,15,20,255"),
-        "modified": _Fill("31,119,180,110", "15,75,125,255"),
-    },
-    attribute="change",
-)
-
-
-# Cloud-optimised GeoTIFF
-
-
-def write_cog(
-    path: Path,
-    read: Callable[[Window], NDArray[Any]],
-    window: Window,
-    lattice: Lattice,
-    *,
-    resampling: Literal["mode", "average"],
-    block_px: int,
-) -> None:
-    """Write the raster that covers window as a cloud-optimised GeoTIFF with overviews, and rename it to path.
-
-    read gives uint8 pixels (height, width) of a part of window, 255 for nodata; it is called once per part, of block_px
-    x block_px rounded down to whole internal tiles. Areas of nothing but nodata take no space. The pixels are read back
-    and compared. Raises RunError if that fails or the disk is full; unfinished files are removed.
-    """
-    if not window.pixels:
-        raise ValueError(f"window of {window.height} x {window.width} px: a raster has at least one pixel")
-    flat, cog = partial_path(path.with_stem(f"{path.stem}.flat")), partial_path(path)
-    parts = list(_parts(window, block_px))
-    # Smooth values deflate better as differences; a mask's runs do not.
-    options = {"COMPRESS": "DEFLATE", "PREDICTOR": "YES" if resampling == "average" else "NO", "BIGTIFF": "IF_SAFER"}
-    try:
-        with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES, GDAL_NUM_THREADS="ALL_CPUS"):
-            checksum = _write_flat(flat, read, window, lattice, parts)
-            options |= {"BLOCKSIZE": str(TILE_PX), "OVERVIEWS": "IGNORE_EXISTING", "SPARSE_OK": "YES"}
-            options["OVERVIEW_RESAMPLING"] = resampling.upper()
-            rasterio.shutil.copy(flat, cog, driver="COG", **options)
-            _check_cog(cog, window, parts, checksum)
-        cog.replace(path)
-    except (rasterio.errors.RasterioError, CPLE_BaseError, OSError) as error:
-        raise _write_error(path, error) from error
-    finally:
-        _remove_with_siblings(flat)
-        _remove_with_siblings(cog)
-
-
-GDAL_CACHE_BYTES = 16 * 2**20
-"""rasterio takes a number of bytes."""
-
-
-def _parts(window: Window, block_px: int) -> Iterator[Window]:
-    """Parts of window, row by row, counted from its corner: whole internal tiles, so each is compressed only once."""
-    step = max(1, block_px // TILE_PX) * TILE_PX
-    for row_off in range(window.row_off, window.row_stop, step):
-        for col_off in range(window.col_off, window.col_stop, step):
-            yield Window(row_off, col_off, step, step).intersect(window)
-
-
-def _write_flat(
-    path: Path, read: Callable[[Window], NDArray[Any]], window: Window, lattice: Lattice, parts: list[Window]
-) -> int:
-    """Write a tiled GeoTIFF without overviews, part by part; returns the checksum of its pixels."""
-    profile = {"driver": "GTiff", "dtype": "uint8", "count": 1, "height": window.height, "width": window.width}
-    profile |= {"crs": rasterio.crs.CRS.from_wkt(lattice.crs_wkt), "nodata": INVALID}
-    profile |= {"tiled": True, "blockxsize": TILE_PX, "blockysize": TILE_PX, "compress": "deflate", "zlevel": 1}
-    profile |= {"sparse_ok": True, "bigtiff": "IF_SAFER", "interleave": "pixel"}
-    checksum = 0
-    with rasterio.open(path, "w", transform=lattice.transform(window.row_off, window.col_off), **profile) as raster:
-        for part in parts:
-            pixels_HW = np.asarray(read(part), np.uint8).reshape(part.shape_yx)
-            checksum = zlib.crc32(pixels_HW.tobytes(), checksum)
-            if (pixels_HW != INVALID).any():
-                raster.write(pixels_HW, 1, window=_rasterio_window(part, window))
-    return checksum
-
-
-def _check_cog(path: Path, window: Window, parts: list[Window], checksum: int) -> None:
-    found = 0
-    with rasterio.open(path) as raster:
-        layout = raster.tags(ns="IMAGE_STRUCTURE").get("LAYOUT")
-        for part in parts:
-            found = zlib.crc32(raster.read(window=_rasterio_window(part, window)).tobytes(), found)
-    if layout != "COG" or found != checksum:
-        # GDAL only logs what fails when it closes a file: a full disk is first noticed here.
-        raise OSError("the pixels read back are not those that were written: the disk is full or faulty")
-
-
-def _rasterio_window(part: Window, window: Window) -> rasterio.windows.Window:
-    return rasterio.windows.Window(
-        part.col_off - window.col_off, part.row_off - window.row_off, part.width, part.height
-    )
+    plan = site.plan
+    home_set = set(homes)
+    neighbours = _Neighbours(site, homes)
+    cache: OrderedDict[Block, Buildings] = OrderedDict()
+    blocks_per_cell = (-(-ORDER_CELL_PX // plan.block_px) + 1) ** 2
+
+    def of_block(block: Block) -> Buildings:
+        if block not in cache:
+            parts = [finished_from_bytes(read_fragment(site, *block))]
+            if block in home_set:
+                parts.append(read_joined(site, *block))
+            cache[block] = Buildings.concatenate(parts)
+            if len(cache) > blocks_per_cell:
+                cache.popitem(last=False)
+        cache.move_to_end(block)
+        return cache[block]
+
+    held: list[pa.RecordBatch] = []
+    rows = 0
+    for cell in plan.layout.grid.cells(ORDER_CELL_PX):
+        window = Window.cell(*cell, ORDER_CELL_PX)
+        parts = [
+            _first_pixel_in(of_block(block), window)
+            for block in window.intersect(plan.layout.grid).cells(plan.block_px)
+            if plan.is_predicted(block)
+        ]
+        found = Buildings.concatenate(parts)
+        if plan.vector.simplify_m or plan.vector.regularize != "none":
+            near = (_first_pixel_in(of_block(block), window, False) for block in neighbours.blocks(found))
+            found = keep_apart(found, near, plan.lattice)
+        if plan.area is not None:
+            found = found.take(plan.area.meets(found.geometry))
+        found = found.take(np.lexsort((found.key_col, found.key_row)))
+        batch = publishable(found, plan.lattice, imagery)
+        while len(batch):
+            part = batch.slice(0, BATCH_ROWS - rows)
+            batch = batch.slice(len(part))
+            held.append(part)
+            rows += len(part)
+            if rows == BATCH_ROWS:
+                yield _one(held)
+                held, rows = [], 0
+    if held:
+        yield _one(held)
+
+
+class _Neighbours:
+    """Which blocks hold buildings that may be in the way of others."""
+
+    def __init__(self, site: Site, homes: list[Block]) -> None:
+        self._plan = site.plan
+        reaches = [_joined_at(site, home).get("reach") for home in homes]
+        self._homes = np.array([home for home, reach in zip(homes, reaches, strict=True) if reach], int).reshape(-1, 2)
+        self._reach = np.array([reach for reach in reaches if reach], np.float64).reshape(-1, 4)
+
+    def blocks(self, buildings: Buildings) -> list[Block]:
+        """Blocks under or beside the bounds of these, and those whose joined buildings reach there, in order."""
+        if not len(buildings):
+            return []
+        found: set[Block] = set()
+        bounds = bounds_of(buildings)
+        grown = np.floor(bounds + np.array([-REACH_PX, -REACH_PX, REACH_PX, REACH_PX])).astype(np.int64)
+        for left, top, right, bottom in np.unique(grown // self._plan.block_px, axis=0).tolist():
+            found.update((row, col) for row in range(top, bottom + 1) for col in range(left, right + 1))
+        least, most = bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)
+        meets = (self._reach[:, :2] <= most).all(axis=1) & (self._reach[:, 2:] >= least).all(axis=1)
+        found.update((row, col) for row, col in self._homes[meets].tolist())
+        return sorted(block for block in found if self._plan.is_predicted(block))
+
+
+def _first_pixel_in(buildings: Buildings, window: Window, wanted: bool = True) -> Buildings:
+    """Those of the buildings that have their first pixel in a window, or, if not wanted, the others."""
+    row, col = buildings.key_row, buildings.key_col
+    inside = (row >= window.row_off) & (row < window.row_stop) & (col >= window.col_off) & (col < window.col_stop)
+    return buildings.take(inside == wanted)
+
+
+def _one(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]

@@ -5,8 +5,6 @@ Axes: B bands, H rows, W columns.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -21,7 +19,11 @@ from PIL import Image, ImageDraw
 
 from segpipe.tasks.grid import Lattice, Window
 
-from .publish import BATCH_ROWS, LAYER, written_beside
+from .beside import written_beside
+from .geopackage import LAYER
+from .report_charts import Histogram, Timeline
+from .report_map import CityMap
+from .rows import BATCH_ROWS
 
 OUTLINE_RGB = (255, 106, 0)
 HATCH_RGB = (150, 150, 150)
@@ -84,6 +86,9 @@ class Report:
     """Names of the files, and what is in them."""
     changes: tuple[tuple[str, int], ...] = ()
     """Buildings added, removed and modified since the last publishing."""
+    city_map: CityMap | None = None
+    charts: tuple[Histogram, ...] = ()
+    timeline: Timeline | None = None
 
     @property
     def valid_km2(self) -> float:
@@ -111,14 +116,12 @@ def page_template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def write_report(path: Path, report: Report, preview: Path | None = None) -> None:
+def write_report(path: Path, report: Report) -> None:
     """Write the page with everything in it, so that it can be sent or kept as one file, and rename it into place.
 
     Raises RunError if it cannot be written.
     """
-    html = page_template("report.html").render(
-        report=report, preview=None if preview is None else _inline_jpeg(preview)
-    )
+    html = page_template("report.html").render(report=report)
     with written_beside(path) as partial:
         partial.write_text(html, encoding="utf-8")
 
@@ -130,12 +133,12 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _inline_jpeg(preview: Path) -> str:
-    """The picture as a data URL; as JPEG, since a page with a PNG of imagery would be several times larger."""
-    buffer = io.BytesIO()
-    with Image.open(preview) as image:
-        image.convert("RGB").save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+@dataclass(frozen=True)
+class Plain:
+    """The imagery of a preview before anything was drawn on it: a pixel is the mean of factor x factor."""
+
+    picture: Image.Image
+    factor: int
 
 
 def write_preview(
@@ -146,8 +149,10 @@ def write_preview(
     lattice: Lattice,
     geopackage: Path,
     max_px: int = 1600,
-) -> None:
+) -> Plain:
     """Draw the outlines of all footprints over the imagery, at most max_px a side, and rename the PNG into place.
+
+    Gives the picture without them.
 
     read_image gives uint8 (bands, height, width) of a part of window, of which the first three are shown as red, green
     and blue; read_valid gives what is not zero where there is imagery: the rest is hatched. A pixel of the picture is
@@ -163,11 +168,13 @@ def write_preview(
         picture_HW3[row : row + height, col : col + width] = np.where(
             seen_HW[..., None], rgb_HW3, hatch(row, col, height, width)
         )
-    picture = Image.fromarray(picture_HW3)
+    plain = Image.fromarray(picture_HW3)
+    picture = plain.copy()
     outlines = _draw_outlines(geopackage, picture.size, window, lattice, factor)
     picture.paste(OUTLINE_RGB, mask=outlines)
     with written_beside(path) as partial:
         picture.save(partial, "PNG")
+    return Plain(plain, factor)
 
 
 def _parts(window: Window, step: int) -> Iterator[Window]:

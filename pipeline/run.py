@@ -4,108 +4,81 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
-import time
-from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from collections import Counter, defaultdict
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
 from rich.console import Console
 
-from segpipe.tasks.errors import DamageError, RunError, TileError, UserError
-from segpipe.tasks.grid import Window
-from segpipe.tasks.predict import INVALID
-from segpipe.tasks.read import read_window
+from segpipe.tasks.errors import DamageError, RunError, UserError
 from segpipe.tasks.validity import scan_tile
-from segpipe.tasks.vectorize import Buildings, finished_from_bytes, mask_of, publishable
 
-from . import changes, manifest, publish, report
-from .allocator import give_freed_memory_back
-from .cluster import Pool, open_pool
+from . import manifest, publish
+from .cluster import Cluster, GpuUse, Pool
+from .cluster_kinds import open_cluster, open_pool
 from .config import CityConfig
-from .describe import describe, pixels_seen, seconds_of
-from .flow import Block, Flow, run_joins
-from .inputs import versions
-from .plan import Plan, ground_pixel_m, make_plan
-from .progress import Listener, StageSums, watching
-from .stages import (
-    Receipt,
-    Site,
-    cell_unit,
-    forget_damaged,
-    read_fragment,
-    read_image,
-    read_joined,
-    read_probability,
-    tile_unit,
-)
-from .store import OWN_FOLDERS, Store, locked, prepare_store, remove_leftovers, write_bytes, write_json
-from .tile_masks import write_tile_masks
+from .describe import describe, seconds_of
+from .desk import RECORDS, desk, fetch, show
+from .flow import Flow, run_joins
+from .ledger import as_json
+from .lock import locked
+from .plan import Plan, make_plan
+from .progress import Listener, watching
+from .publish import Published
+from .run_report import write_preview_and_report
+from .stac_item import write_item
+from .stages import Site, forget_damaged
+from .status import following
+from .storage import OWN_FOLDERS, Folder, LocalFolder, folder_at, remove_leftovers
+from .store import Store, prepare_store
+from .verify import verify_quickly
 
 SETTLED = "settled.json"
-ORDER_CELL_PX = 4096
-"""Buildings are published cell by cell of the lattice, row by row, and in a cell by first pixel: whatever the cut."""
 MOST_PASSES = 4
 """Passes over a city at most that heal what is damaged."""
+DESCRIBED = ("mask.tif", "probability.tif", "preview.png", "report.html")
+"""What the STAC Item tells of, besides vectors."""
 LOOKED_AT = 40
 """Tiles at most that a dry run reads."""
 
 
-@dataclass(frozen=True)
-class Published:
-    """What a run has published.
-
-    changes: buildings added, removed and modified since the last publishing; validity: invalid pixels by reason;
-    skipped: tiles that could not be read, and why; tile_masks: paths of the masks of single tiles in the run folder.
-    """
-
-    geopackage: Path
-    rows_digest: str
-    buildings: int
-    buildings_m2: float
-    mask_px: int
-    valid_px: int
-    changes: dict[str, int]
-    validity: dict[str, int]
-    skipped: dict[str, str]
-    notes: tuple[str, ...]
-    stages: dict[str, StageSums]
-    tile_masks: tuple[str, ...]
-
-
-def map_city(config: CityConfig, console: Console, scheduler: str | None = None, fresh: bool = False) -> Published:
+def map_city(config: CityConfig, console: Console, fresh: bool = False, performance: Path | None = None) -> Published:
     """Map a city, going on where an earlier run has stopped, or starting over if fresh.
 
     Raises UserError before any work where the plan cannot be run or somebody else is at work in the folder, and
-    RunError where a part failed: what is done is kept, and running again goes on from there.
+    RunError where a part failed: what is done is kept, and running again goes on from there. performance: the file of
+    Dask's own page on a run, if it is asked for.
     """
     state = manifest.state_of_inputs(config)
-    output = config.path(config.output)
-    plan = make_plan(config, stored=None if fresh else read_settled(output))
-    make_output(output)
+    folder = config.folder
     with ExitStack() as stack:
-        plan = replace(plan, lock=stack.enter_context(locked(output)))
+        cluster = stack.enter_context(open_cluster(config, lambda text: console.print(text, highlight=False)))
+        plan = make_plan(config, None if fresh else read_settled(folder), None if cluster is None else cluster.crew)
+        make_output(folder)
+        plan = replace(plan, lock=stack.enter_context(locked(folder)))
         if fresh:
-            start_over(output)
-        listener = stack.enter_context(watching(output, console))
+            start_over(folder)
+        stack.enter_context(desk(folder))
+        listener = stack.enter_context(watching(plan.output, console))
+        stack.enter_context(following(plan, listener))
         for label, text in describe(plan):
             listener.say(f"{label:>10}  {text}")
-        remove_leftovers(output)
-        write_json(output / SETTLED, plan.settled())
-        prepare_store(output, plan.layout)
-        published = run_plan(config, plan, listener, scheduler)
-        write_preview_and_report(config, plan, published)
+        remove_leftovers(folder)
+        folder.write(SETTLED, as_json(plan.settled()))
+        prepare_store(folder, plan.layout)
+        published = run_plan(config, plan, listener, cluster, performance)
+        write_preview_and_report(config, plan, published, listener.started)
+        named = [published.geopackage.name, *DESCRIBED, *published.files]
+        write_item(plan.output, plan.name, named, plan.lattice, plan.bounds, {"title": f"Buildings of {plan.name}"})
         done = manifest.make_manifest(config, plan, state, published)
+        for label, text in verify_quickly(plan.output, done):
+            listener.say(f"{label:>10}  {text}")
+        show(plan, done["outputs"])
         # The manifest first: killed in between, what is published counts, and what is left over is dropped later.
-        manifest.write_manifest(output, done)
-        drop_store(output, config.store.keep)
+        manifest.write_manifest(folder, done)
+        drop_store(folder, config.store.keep)
     return published
 
 
@@ -114,7 +87,8 @@ def dry_run(config: CityConfig) -> list[tuple[str, str]]:
 
     Writes nothing. Of many tiles only some are looked at for validity, evenly spread over the list.
     """
-    plan = make_plan(config, stored=read_settled(config.path(config.output)))
+    config.find_buckets()
+    plan = make_plan(config, stored=read_settled(config.folder))
     rows = describe(plan)
     seen = plan.tiles_seen()
     step = -(-len(seen) // LOOKED_AT)
@@ -131,33 +105,66 @@ def dry_run(config: CityConfig) -> list[tuple[str, str]]:
     return rows
 
 
-def make_output(folder: Path) -> None:
+def check_cluster(config: CityConfig) -> list[tuple[str, str]]:
+    """What is checked before a run, and nothing else: labelled lines of the workers that were found fit.
+
+    UserError for whatever a run would not start with. What is written to see that it can be is taken away again.
+    """
+    config.find_buckets()
+    output = config.folder
+    made = _missing_folders(output)
+    with open_cluster(config, lambda text: None) as cluster:
+        plan = make_plan(config, read_settled(output), None if cluster is None else cluster.crew)
+        make_output(output)
+        try:
+            with open_pool(plan, cluster) as pool:
+                lines = [("workers", line) for line in pool.staff()]
+        finally:
+            for folder in made:
+                with suppress(OSError):
+                    folder.rmdir()  # only if it is empty
+    rows = [("kind", config.cluster.kind), ("recipe", f"{plan.recipe.device}, torch {plan.recipe.torch}"), *lines]
+    return [*rows, *(("note", note) for note in plan.notes)]
+
+
+def _missing_folders(output: Folder) -> list[Path]:
+    """Folders of this machine that a look at the output would leave behind, the innermost first."""
+    if not isinstance(output, LocalFolder):
+        return []
+    path = output.path
+    return [path / "ledger" / "probe", path / "ledger", *(it for it in (path, *path.parents) if not it.exists())]
+
+
+def make_output(folder: Folder) -> None:
     """Make the output folder. UserError where that is not possible."""
+    if not isinstance(folder, LocalFolder):
+        return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output: {folder} cannot be made: {error.strerror}; expected a folder to write to") from None
 
 
-def read_settled(folder: Path) -> dict[str, Any] | None:
+def read_settled(folder: Folder | Path) -> dict[str, Any] | None:
     """What the first run in a folder has settled for all later ones: the lattice's phase and the block size."""
     try:
-        settled: dict[str, Any] = json.loads((folder / SETTLED).read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        settled: dict[str, Any] = json.loads(folder_at(folder).read(SETTLED) or b"")
+    except ValueError:
         return None
     return settled
 
 
-def start_over(folder: Path) -> None:
+def start_over(folder: Folder) -> None:
     """Delete what earlier runs have kept. Published files stay until new ones take their place."""
     manifest.revoke(folder)
-    for name in (SETTLED, "tasks.jsonl"):
-        (folder / name).unlink(missing_ok=True)
+    folder.remove(SETTLED, RECORDS)
     for name in OWN_FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
+        folder.remove_all(name)
 
 
-def run_plan(config: CityConfig, plan: Plan, listener: Listener, scheduler: str | None) -> Published:
+def run_plan(
+    config: CityConfig, plan: Plan, listener: Listener, cluster: Cluster | None, performance: Path | None
+) -> Published:
     """All stages of a plan: read, predict and vectorize block by block, join over seams, publish."""
     listener.expect("scan", len(plan.tiles_seen()))
     listener.expect("read", sum(1 for _ in plan.chunks()))
@@ -165,19 +172,29 @@ def run_plan(config: CityConfig, plan: Plan, listener: Listener, scheduler: str 
         listener.expect(stage, sum(1 for _ in plan.blocks()))
     for passes_left in (2, 1, 0):
         try:
-            with open_pool(plan, scheduler) as pool:
+            with open_pool(plan, cluster) as pool, pool.reporting(performance):
                 if pool.dashboard:
                     listener.say(f"{'dashboard':>10}  {pool.dashboard}")
                 with listener.showing():
                     skipped = carry_all(plan, pool, listener)
                     homes = run_joins(plan, pool, listener)
-            return publish_all(config, plan, listener, homes, skipped)
+                if (use := pool.gpu_use()) is not None:
+                    listener.say(told_of_gpus(use))
+                    plan = replace(plan, notes=(*plan.notes, told_of_gpus(use)))
+            fetch(plan)
+            return publish.publish_all(config, plan, listener, homes, skipped)
         except DamageError as error:
             if not passes_left:
                 raise
             listener.say(f"damaged: {error}")
             listener.say(f"{forget_damaged(Site(plan)) + 1} files are damaged or missing, and are made anew")
     raise AssertionError("the last pass returns or raises")
+
+
+def told_of_gpus(use: GpuUse) -> str:
+    """How long GPUs were held, and how much of that for nothing."""
+    idle_s = max(0.0, use.held_s - use.busy_s)
+    return f"GPUs: {use.held_s:.0f} s held, of these {idle_s:.0f} s idle"
 
 
 def carry_all(plan: Plan, pool: Pool, listener: Listener) -> dict[int, str]:
@@ -218,275 +235,14 @@ def _told(failures: list[tuple[str, str, BaseException]]) -> str:
     )
 
 
-def publish_all(
-    config: CityConfig, plan: Plan, listener: Listener, homes: list[Block], skipped: dict[int, str]
-) -> Published:
-    """Write GeoPackage, rasters, preview and report beside, check them, and rename them into place."""
-    start = time.perf_counter()
-    listener.expect("publish", 1)
-    manifest.revoke(plan.output)
-    write_bytes(plan.output / "city.yaml", config.resolved_yaml().encode())
-    site, folder = Site(plan), plan.output
-    threshold_u8 = plan.vector.threshold_u8
-    mask_px = valid_px = 0
-
-    def read_mask(window: Window) -> NDArray[np.uint8]:
-        nonlocal mask_px, valid_px
-        prob_HW = read_in_area(site, window)
-        mask_HW = mask_of(prob_HW, threshold_u8)
-        mask_px += int(np.count_nonzero(mask_HW))
-        valid_px += int(np.count_nonzero(prob_HW != INVALID))
-        return np.where(prob_HW == INVALID, np.uint8(INVALID), mask_HW.astype(np.uint8))
-
-    give_freed_memory_back()
-    geopackage = publish.partial_path(folder / "buildings.gpkg")
-    area = _Sum()
-    written = publish.write_geopackage(geopackage, area.of(batches_in_order(site, homes)), plan.lattice.crs_wkt)
-    give_freed_memory_back()
-    block_px = min(plan.block_px, ORDER_CELL_PX)
-    publish.write_cog(folder / "mask.tif", read_mask, plan.bounds, plan.lattice, resampling="mode", block_px=block_px)
-    give_freed_memory_back()
-    publish.write_cog(
-        folder / "probability.tif",
-        lambda window: read_in_area(site, window),
-        plan.bounds,
-        plan.lattice,
-        resampling="average",
-        block_px=block_px,
-    )
-    give_freed_memory_back()
-    asked_for = plan.tiles if config.publish.tile_masks else ()
-    tile_masks = write_tile_masks(folder, folder / "mask.tif", asked_for, plan.lattice)
-    notes = list(plan.notes)
-    left: list[str] = []
-    known = manifest.revoke(folder, written.digest)
-    changed = write_changes(plan, geopackage, written.digest, known, listener)
-    placed = publish.place_geopackage(
-        geopackage,
-        folder,
-        known,
-        lambda path, why: left.append(f"{path.name} {why}, and is left alone"),
-    )
-    if left:
-        notes.append(f"{'; '.join(left)}; the new one is {placed}")
-        listener.say(notes[-1])
-    if oversized := sum(_joined_at(site, home).get("oversized", 0) for home in homes):
-        notes.append(
-            f"{oversized} buildings reach further than a block: memory was set by them, not by the block alone"
-        )
-        listener.say(notes[-1])
-    seconds = time.perf_counter() - start
-    listener.done(Receipt("publish", plan.name, plan.bounds.pixels, placed.stat().st_size, seconds, {}))
-    return Published(
-        geopackage=placed,
-        rows_digest=written.digest,
-        buildings=written.features,
-        buildings_m2=area.total,
-        mask_px=mask_px,
-        valid_px=valid_px,
-        changes=changed,
-        validity=_validity(site, skipped),
-        skipped=plan.left_out | {plan.tiles[tile].path: reason for tile, reason in skipped.items()},
-        notes=tuple(notes),
-        stages=listener.stages,
-        tile_masks=tuple(tile_masks),
-    )
-
-
-def read_in_area(site: Site, window: Window) -> NDArray[np.uint8]:
-    """prob_HW of a window as it is published: what lies outside the area is invalid too."""
-    prob_HW, area = read_probability(site, window), site.plan.area
-    return prob_HW if area is None else np.where(area.inside(window), prob_HW, np.uint8(INVALID))
-
-
-def write_changes(
-    plan: Plan, geopackage: Path, digest: str, known: Mapping[str, Collection[str]], listener: Listener
-) -> dict[str, int]:
-    """Add what has changed since the last publishing to a GeoPackage that is to be placed; number of each kind.
-
-    digest: of its rows; known: digests of the rows that were published, by file name. The same rows again, be it after
-    a kill or because a picture was missing, keep the changes that they came with. Nothing is told where nothing was
-    published before, or on another lattice: ids are places on it.
-    """
-    name, lattice = manifest.last_published(plan.output)
-    last = publish.find_published(plan.output, known, name)
-    if last is not None and last[1] == digest:
-        rows = publish.read_rows(last[0], publish.CHANGES_LAYER, changes.SCHEMA)
-        return publish.add_changes(geopackage, rows, plan.lattice.crs_wkt)
-    rows = iter(())
-    if last is not None and lattice == asdict(plan.lattice):
-        rows = changes.compare(publish.read_rows(last[0]), publish.read_rows(geopackage), ORDER_CELL_PX)
-    counts = publish.add_changes(geopackage, rows, plan.lattice.crs_wkt)
-    if last is not None:
-        told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        listener.say(f"{'changes':>10}  {told if lattice == asdict(plan.lattice) else 'not told: another lattice'}")
-    return counts
-
-
-def _joined_at(site: Site, home: Block) -> dict[str, Any]:
-    return site.ledger.entry("join", cell_unit(*home)) or {}
-
-
-class _Sum:
-    """The sum of a column of batches on their way."""
-
-    total = 0.0
-
-    def of(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            self.total += float(np.asarray(batch.column("area_m2")).sum())
-            yield batch
-
-
-def _validity(site: Site, skipped: dict[int, str]) -> dict[str, int]:
-    """Pixels found invalid in the tiles that were looked at, by reason."""
-    reasons: Counter[str] = Counter()
-    for tile in site.plan.tiles_seen():
-        it = site.plan.tiles[tile]
-        if tile in skipped:
-            reasons["tile skipped"] += it.window.pixels
-        elif (entry := site.ledger.entry("scan", tile_unit(site.plan, tile))) is not None:
-            reasons.update(entry["by_reason"])
-    return {reason: pixels for reason, pixels in sorted(reasons.items()) if pixels}
-
-
-def batches_in_order(site: Site, homes: list[Block]) -> Iterator[pa.RecordBatch]:
-    """All buildings that meet the area in the order of the lattice, in batches of at most BATCH_ROWS rows.
-
-    At most the buildings of the blocks under one cell of the order are held.
-    """
-    plan = site.plan
-    home_set = set(homes)
-    cache: OrderedDict[Block, Buildings] = OrderedDict()
-    blocks_per_cell = (-(-ORDER_CELL_PX // plan.block_px) + 1) ** 2
-
-    def of_block(block: Block) -> Buildings:
-        if block not in cache:
-            parts = [finished_from_bytes(read_fragment(site, *block))]
-            if block in home_set:
-                parts.append(read_joined(site, *block))
-            cache[block] = Buildings.concatenate(parts)
-            if len(cache) > blocks_per_cell:
-                cache.popitem(last=False)
-        cache.move_to_end(block)
-        return cache[block]
-
-    held: list[pa.RecordBatch] = []
-    rows = 0
-    for cell in plan.layout.grid.cells(ORDER_CELL_PX):
-        window = Window.cell(*cell, ORDER_CELL_PX)
-        parts = [
-            _first_pixel_in(of_block(block), window)
-            for block in window.intersect(plan.layout.grid).cells(plan.block_px)
-            if plan.is_predicted(block)
-        ]
-        found = Buildings.concatenate(parts)
-        if plan.area is not None:
-            found = found.take(plan.area.meets(found.geometry))
-        found = found.take(np.lexsort((found.key_col, found.key_row)))
-        batch = publishable(found, plan.lattice)
-        while len(batch):
-            part = batch.slice(0, publish.BATCH_ROWS - rows)
-            batch = batch.slice(len(part))
-            held.append(part)
-            rows += len(part)
-            if rows == publish.BATCH_ROWS:
-                yield _one(held)
-                held, rows = [], 0
-    if held:
-        yield _one(held)
-
-
-def _first_pixel_in(buildings: Buildings, window: Window) -> Buildings:
-    row, col = buildings.key_row, buildings.key_col
-    rows = (row >= window.row_off) & (row < window.row_stop)
-    return buildings.take(rows & (col >= window.col_off) & (col < window.col_stop))
-
-
-def _one(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
-    return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
-
-
-OUTPUTS = (
-    ("mask.tif", "1 building, 0 not, 255 nodata"),
-    ("probability.tif", "0 to 250 for 0 to 1, 255 nodata"),
-    ("preview.png", "footprints over the imagery"),
-    ("manifest.json", "versions, recipe, digests, counts"),
-    ("tasks.jsonl", "a line a task: seconds, bytes, worker"),
-    ("city.yaml", "the resolved configuration"),
-)
-
-
-def write_preview_and_report(config: CityConfig, plan: Plan, published: Published) -> None:
-    """Draw the footprints over the imagery, and say on one page what was done."""
-    site, folder = Site(plan), plan.output
-    preview = folder / "preview.png"
-    report.write_preview(
-        preview,
-        lambda window: _image(site, window, published.skipped.keys()),
-        lambda window: read_in_area(site, window) != INVALID,
-        plan.bounds,
-        plan.lattice,
-        published.geopackage,
-    )
-    core_px, seen_px = pixels_seen(plan)
-    page = report.Report(
-        name=plan.name,
-        finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=plan.model.stem,
-        plan=tuple(describe(plan)),
-        recipe=tuple((name, str(value)) for name, value in asdict(plan.recipe).items()),
-        config_yaml=config.resolved_yaml(),
-        tiles=len(plan.tiles),
-        chunks=sum(1 for _ in plan.chunks()),
-        blocks=sum(1 for _ in plan.blocks()),
-        buildings=published.buildings,
-        buildings_m2=published.buildings_m2,
-        valid_px=published.valid_px,
-        pixel_m=ground_pixel_m(plan.lattice, plan.bounds),
-        invalid_px=tuple(published.validity.items()),
-        halo_px=plan.recipe.halo_px,
-        extra_pixels=seen_px / core_px - 1,
-        stages=tuple(
-            report.StageTime(name, it.units, it.reused, it.seconds, it.wall_s, it.pixels)
-            for name, it in published.stages.items()
-        ),
-        skipped=tuple(published.skipped.items()),
-        warnings=published.notes,
-        versions=tuple(versions().items()),
-        outputs=(
-            (published.geopackage.name, "layers buildings (the footprints) and changes"),
-            *([("tile_masks/", "a mask a tile: 255 building, 0 not")] if published.tile_masks else []),
-            *OUTPUTS,
-        ),
-        changes=tuple(published.changes.items()),
-    )
-    report.write_report(folder / "report.html", page, preview)
-
-
-def _image(site: Site, window: Window, skipped: Collection[str]) -> NDArray[np.uint8]:
-    """The imagery of a window: from the store, or, where that was not kept, from the tiles that can be read."""
-    plan = site.plan
-    chunks = plan.chunks_in(window)
-    if all(site.ledger.entry("read", cell_unit(*chunk)) is not None for chunk in chunks):
-        return read_image(site, window)
-    tiles = [plan.tiles[tile] for tile in plan.tiles_in(window) if plan.tiles[tile].path not in skipped]
-    blank = np.zeros((plan.layout.bands, *window.shape_yx), np.uint8)
-    try:
-        return read_window(tiles, window, lambda tile, part: None)[0] if tiles else blank
-    except TileError:
-        return blank  # a picture is no reason to fail: what is published was made before
-
-
-def drop_store(folder: Path, keep: Literal["all", "probability", "none"]) -> None:
+def drop_store(folder: Folder, keep: Literal["all", "probability", "none"]) -> None:
     """Delete what `store.keep` does not keep, with its entries in the ledger."""
     if keep == "probability":
         # The ledger first: killed in between, it must not name what is gone.
-        shutil.rmtree(folder / "ledger" / "read", ignore_errors=True)
-        if (folder / "store.zarr" / "image").exists() or (folder / "store.zarr" / "valid").exists():
-            store = Store(folder)
-            for array in ("image", "valid"):
-                store.drop(array)
+        folder.remove_all("ledger/read")
+        store = Store(folder)
+        for array in ("image", "valid"):
+            store.drop(array)
     elif keep == "none":
         for name in OWN_FOLDERS:
-            shutil.rmtree(folder / name, ignore_errors=True)
+            folder.remove_all(name)

@@ -11,7 +11,7 @@ from rich.console import Console
 from segpipe.tasks.errors import UserError
 
 from .areas import AreaPlan, is_read, pixels_of, plan_area, plan_inria, write_area
-from .cluster import call_each
+from .cluster_local import call_each
 from .config import AreaConfig, TrainConfig
 from .pairs import PairsPlan, parts_to_read, plan_pairs, write_part
 from .plan import allowance

@@ -18,15 +18,15 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import shapely
 from numpy.typing import NDArray
 
-from segpipe.tasks.errors import DamageError, RunError, TileError
+from segpipe.tasks.errors import DamageError, RunError, StorageError, TileError, WorkerError
 from segpipe.tasks.files import file_digest, file_stamp
+from segpipe.tasks.fragments import border_from_bytes, fragment_to_bytes
 from segpipe.tasks.grid import Window
 from segpipe.tasks.merge import merge
 from segpipe.tasks.predict import INVALID, predict_core, reach
@@ -34,17 +34,13 @@ from segpipe.tasks.read import Tile, check_readable, read_window
 from segpipe.tasks.seams import Joins, collect, cut_buildings
 from segpipe.tasks.seams import join as unite_pieces
 from segpipe.tasks.validity import scan_tile
-from segpipe.tasks.vectorize import (
-    Buildings,
-    Components,
-    border_from_bytes,
-    finish,
-    fragment_to_bytes,
-    vectorize_block,
-)
+from segpipe.tasks.vectorize import UNKNOWN, Buildings, Components, finish, vectorize_block
 
-from .plan import Plan, key_of
-from .store import Ledger, Store, lock_token, write_bytes
+from .ledger import Ledger
+from .lock import lock_token
+from .plan import Plan, copied_bundle, key_of
+from .storage import Folder
+from .store import Store
 
 if TYPE_CHECKING:
     from segpipe.models.predictor import Predictor
@@ -52,7 +48,7 @@ if TYPE_CHECKING:
 Cell = tuple[int, int]
 """Absolute index (row, col) of a chunk or a block."""
 
-VERSIONS = {"scan": 2, "read": 2, "predict": 1, "vectorize": 2, "join": 2}
+VERSIONS = {"scan": 2, "read": 2, "predict": 1, "vectorize": 3, "join": 3}
 """Raised when a stage of a new version gives other bytes for the same input: what older ones did is then not done."""
 
 
@@ -72,9 +68,10 @@ class Site:
     """What a process holds to work on a plan: the store and the ledger, and, once a block is predicted, the network."""
 
     def __init__(self, plan: Plan) -> None:
+        plan.storage.use()
         self.plan = plan
-        self.folder = plan.output
-        self.ledger = Ledger(plan.output)
+        self.folder = plan.folder
+        self.ledger = Ledger(plan.folder)
         self._lock = threading.Lock()
         self._store: Store | None = None
         self._predictor: Predictor | None = None
@@ -108,13 +105,17 @@ class Site:
 
         RunError if another run has the lock by now: a task may outlive the driver that has sent it.
         """
-        if self.plan.lock and lock_token(self.folder) != self.plan.lock:
-            raise RunError(f"{self.folder}: another run is at work here; expected the lock of the run that sent this")
+        if self.plan.lock and (token := lock_token(self.folder)) != self.plan.lock:
+            found = "another run is at work here" if token else "its lock is gone, and perhaps all else that was here"
+            raise StorageError(f"{self.folder}: {found}; expected the lock of the run that sent this")
         self.ledger.forget(stage, unit)
 
 
 def load_predictor(plan: Plan) -> Predictor:
-    """The network of a plan on this process's device. RunError if it cannot honour the recipe."""
+    """The network of a plan on this process's device. WorkerError if it cannot honour the recipe.
+
+    On a GPU the largest window goes through it once: what is too large for its memory is found before any work.
+    """
     from segpipe.models.predictor import Predictor, device_recipe, resolve_device
     from segpipe.models.weights import file_digest as bundle_digest
     from segpipe.models.weights import load_bundle
@@ -122,15 +123,25 @@ def load_predictor(plan: Plan) -> Predictor:
     device = resolve_device()
     kind = device_recipe(device)
     if (kind["device"], kind["torch"]) != (plan.recipe.device, plan.recipe.torch):
-        raise RunError(
+        raise WorkerError(
             f"a worker has {kind['device']} and torch {kind['torch']}; expected {plan.recipe.device} and torch"
             f" {plan.recipe.torch}, which the plan has settled"
         )
-    if bundle_digest(plan.model) != plan.model_digest:
-        raise RunError(f"{plan.model}: changed since the run began; expected the weights of the plan")
+    model = model_file(plan)
+    if bundle_digest(model) != plan.model_digest:
+        raise RunError(f"{plan.model_url or model}: changed since the run began; expected the weights of the plan")
     # The plan has checked that the YAML names the card's own module, if it has one.
-    bundle = load_bundle(plan.model, allowed_module=plan.card.module)
-    return Predictor(bundle, device, plan.recipe.precision, plan.recipe.threads, plan.recipe.tta)
+    bundle = load_bundle(model, allowed_module=plan.card.module)
+    predictor = Predictor(bundle, device, plan.recipe.precision, plan.recipe.threads, plan.recipe.tta)
+    if device.type == "cuda":
+        side = plan.block_px + 2 * plan.recipe.halo_px
+        predictor.predict(np.zeros((plan.layout.bands, side, side), np.uint8), np.ones((side, side), np.bool_))
+    return predictor
+
+
+def model_file(plan: Plan) -> Path:
+    """The bundle of a plan as a file of this machine. TileError where it cannot be copied from its bucket."""
+    return plan.model if plan.model_url is None else copied_bundle(plan.model_url)
 
 
 def tile_unit(plan: Plan, tile: int) -> str:
@@ -218,39 +229,33 @@ class _Validity:
     @staticmethod
     @contextmanager
     def writing(
-        folder: Path, unit: str, settings: str, digest: str
+        folder: Folder, unit: str, settings: str, digest: str
     ) -> Iterator[Callable[[Window, NDArray[np.bool_]], None]]:
-        path = _Validity.path(folder, unit, settings, digest)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{uuid4().hex}.partial")
-        try:
-            with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED) as file:
-                yield lambda window, mask: file.writestr(
-                    "_".join(str(n) for n in (window.row_off, window.col_off, *window.shape_yx)),
-                    np.packbits(mask).tobytes(),
-                )
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        name = _Validity.name(unit, settings, digest)
+        with folder.writing(name) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as file:
+            yield lambda window, mask: file.writestr(
+                "_".join(str(n) for n in (window.row_off, window.col_off, *window.shape_yx)),
+                np.packbits(mask).tobytes(),
+            )
 
     @staticmethod
-    def read(path: Path, window: Window) -> NDArray[np.bool_] | None:
+    def read(folder: Folder, name: str, window: Window) -> NDArray[np.bool_] | None:
         """True where a pixel of the window is invalid; None where all are valid."""
         invalid: NDArray[np.bool_] | None = None
-        with zipfile.ZipFile(path) as file:
-            for name in file.namelist():
-                piece = Window(*(int(n) for n in name.split("_")))
+        with folder.open(name) as stream, zipfile.ZipFile(stream) as file:
+            for part in file.namelist():
+                piece = Window(*(int(n) for n in part.split("_")))
                 common = piece.intersect(window)
                 if common.pixels:
                     invalid = np.zeros(window.shape_yx, np.bool_) if invalid is None else invalid
-                    bits = np.unpackbits(np.frombuffer(file.read(name), np.uint8), count=piece.pixels)
+                    bits = np.unpackbits(np.frombuffer(file.read(part), np.uint8), count=piece.pixels)
                     mask = bits.reshape(piece.shape_yx).astype(np.bool_)
                     invalid[common.within(window)] = mask[common.within(piece)]
         return invalid
 
     @staticmethod
-    def path(folder: Path, unit: str, settings: str, digest: str) -> Path:
-        return folder / "validity" / f"{unit}-{settings[:8]}-{digest}.zip"
+    def name(unit: str, settings: str, digest: str) -> str:
+        return f"validity/{unit}-{settings[:8]}-{digest}.zip"
 
 
 def read(site: Site, row: int, col: int, key: str, tiles: tuple[tuple[int, str], ...]) -> Receipt:
@@ -261,12 +266,14 @@ def read(site: Site, row: int, col: int, key: str, tiles: tuple[tuple[int, str],
     entries = {plan.tiles[tile].path: _scanned(site, tile, digest) for tile, digest in tiles}
 
     def invalid(tile: Tile, part: Window) -> NDArray[np.bool_] | None:
-        path, _ = entries[tile.path]
+        name, _ = entries[tile.path]
         try:
-            return _Validity.read(path, part)
+            return _Validity.read(site.folder, name, part)
         except (OSError, zipfile.BadZipFile, zlib.error, ValueError) as error:
             site.ledger.forget("scan", tile_unit(plan, plan.tiles.index(tile)))
-            raise DamageError(f"{path}: {error}; expected what scan wrote; run again, it will be made anew") from None
+            raise DamageError(
+                f"{site.folder.file(name)}: {error}; expected what scan wrote; run again, it will be made anew"
+            ) from None
 
     if tiles:
         image_CHW, valid_HW = read_window([plan.tiles[tile] for tile, _ in tiles], window, invalid)
@@ -288,13 +295,13 @@ def read(site: Site, row: int, col: int, key: str, tiles: tuple[tuple[int, str],
     return Receipt("read", unit, window.pixels, image_CHW.nbytes, seconds, {"valid_px": valid_px})
 
 
-def _scanned(site: Site, tile: int, digest: str) -> tuple[Path, list[str | int]]:
+def _scanned(site: Site, tile: int, digest: str) -> tuple[str, list[str | int]]:
     """Where the invalid pixels of a tile are, and the stamp that it had when it was looked at."""
     unit, settings = tile_unit(site.plan, tile), scan_settings(site.plan, tile)
     entry = site.ledger.done("scan", unit, settings)
     if entry is None or entry["digest"] != digest:
         raise DamageError(f"{site.plan.tiles[tile].path}: the ledger has another scan of it by now; run again")
-    return _Validity.path(site.folder, unit, settings, digest), entry["stamp"]
+    return _Validity.name(unit, settings, digest), entry["stamp"]
 
 
 def predict(site: Site, row: int, col: int, key: str) -> Receipt:
@@ -335,10 +342,8 @@ def vectorize(site: Site, row: int, col: int, key: str) -> Receipt:
     prob_HW = read_probability(site, core)
     fragment = vectorize_block(prob_HW, core, plan.lattice, plan.vector)
     data = fragment_to_bytes(fragment)
-    path = fragment_path(site.folder, row, col)
-    path.parent.mkdir(parents=True, exist_ok=True)
     site.begin("vectorize", unit)
-    write_bytes(path, data)
+    site.folder.write(fragment_name(row, col), data)
     values = {
         "valid_px": fragment.valid_pixels,
         "mask_px": fragment.mask_pixels,
@@ -362,26 +367,36 @@ def join(site: Site, row: int, col: int, key: str, joins: Joins, blocks: tuple[C
     found, building = collect(joins, read_border)
     whole = unite_pieces(found, building)
     cut = cut_buildings(found, building, plan.block_px, plan.open_sides)
-    buildings = finish(whole, plan.vector, plan.lattice, lambda window: read_probability(site, window), cut)
+    buildings = finish(whole, plan.vector, plan.lattice, partial(_read_known, site), cut)
     data = _to_ipc(buildings.to_arrow())
-    path = joined_path(site.folder, row, col)
     site.begin("join", unit)
-    write_bytes(path, data)
+    site.folder.write(joined_name(row, col), data)
     bounds = shapely.bounds(whole.geometry)
     oversized = int(np.count_nonzero((bounds[:, 2:] - bounds[:, :2] > plan.block_px).any(axis=1)))
-    values = {"joined": len(whole), "finished": len(buildings), "oversized": oversized}
+    reach = shapely.total_bounds([*buildings.geometry, *buildings.raw]).tolist() if len(buildings) else None
+    values = {"joined": len(whole), "finished": len(buildings), "oversized": oversized, "reach": reach}
     site.ledger.record("join", unit, key, checksum=zlib.crc32(data), **values)
     return Receipt("join", unit, int(whole.pixels.sum()), len(data), time.perf_counter() - start, values)
 
 
-def fragment_path(folder: Path, row: int, col: int) -> Path:
+def _read_known(site: Site, window: Window) -> NDArray[np.uint8]:
+    """prob_HW of a window, UNKNOWN where there is imagery but nothing is predicted."""
+    plan, prob_HW = site.plan, read_probability(site, window)
+    for block in window.cells(plan.block_px) if plan.area is not None else ():
+        core = plan.core(*block)
+        if not plan.is_predicted(block) and plan.tiles_in(core):
+            prob_HW[core.intersect(window).within(window)] = UNKNOWN
+    return prob_HW
+
+
+def fragment_name(row: int, col: int) -> str:
     """The file of a block's fragment."""
-    return folder / "fragments" / f"{cell_unit(row, col)}.arrow"
+    return f"fragments/{cell_unit(row, col)}.arrow"
 
 
-def joined_path(folder: Path, row: int, col: int) -> Path:
+def joined_name(row: int, col: int) -> str:
     """The file of the buildings that were joined over seams and have their first pixel in a block."""
-    return folder / "fragments" / f"{cell_unit(row, col)}.joined.arrow"
+    return f"fragments/{cell_unit(row, col)}.joined.arrow"
 
 
 def key_in_ledger(site: Site, stage: str, cell: Cell) -> str:
@@ -394,12 +409,12 @@ def key_in_ledger(site: Site, stage: str, cell: Cell) -> str:
 
 def read_fragment(site: Site, row: int, col: int) -> bytes:
     """The file of a block's fragment, compared with the ledger's checksum. RunError if it is missing or another one."""
-    return _checked(site, "vectorize", row, col, fragment_path(site.folder, row, col))
+    return _checked(site, "vectorize", row, col, fragment_name(row, col))
 
 
 def read_joined(site: Site, row: int, col: int) -> Buildings:
     """The joined buildings that have their first pixel in a block, compared with the ledger's checksum."""
-    data = _checked(site, "join", row, col, joined_path(site.folder, row, col))
+    data = _checked(site, "join", row, col, joined_name(row, col))
     return Buildings.from_arrow(pa.ipc.open_file(data).get_batch(0))
 
 
@@ -411,17 +426,18 @@ def _to_ipc(batch: pa.RecordBatch) -> bytes:
     return data
 
 
-def _checked(site: Site, stage: str, row: int, col: int, path: Path) -> bytes:
+def _checked(site: Site, stage: str, row: int, col: int, name: str) -> bytes:
     entry = site.ledger.entry(stage, cell_unit(row, col))
     try:
-        data = path.read_bytes()
+        data = site.folder.read(name) or b""
+        reason = "another checksum than the ledger's" if data else "missing"
     except OSError as error:
         data, reason = b"", str(error)
-    else:
-        reason = "another checksum than the ledger's"
     if entry is None or not data or zlib.crc32(data) != entry["checksum"]:
         site.ledger.forget(stage, cell_unit(row, col))
-        raise DamageError(f"{path}: {reason}; expected the file that {stage} wrote; run again, it will be made anew")
+        raise DamageError(
+            f"{site.folder.file(name)}: {reason}; expected the file that {stage} wrote; run again, it will be made anew"
+        )
     return data
 
 
@@ -440,13 +456,19 @@ def _merged(site: Site, stage: str, array: str, window: Window, fill: int) -> ND
     plan = site.plan
     chunks = plan.chunks_in(window) if stage == "read" else plan.predicted_chunks_in(window)
 
+    def read(chunk: Cell) -> NDArray[np.uint8] | DamageError:
+        try:
+            return _checked_chunk(site, stage, array, chunk)
+        except DamageError as error:
+            return error
+
     def parts() -> Iterator[tuple[Window, NDArray[np.uint8]]]:
         damaged: list[RunError] = []
-        for chunk in chunks:
-            try:
-                yield Window.cell(*chunk, plan.chunk_px), _checked_chunk(site, stage, array, chunk)
-            except DamageError as error:
-                damaged.append(error)
+        for chunk, found in zip(chunks, site.folder.each(read, chunks), strict=True):
+            if isinstance(found, DamageError):
+                damaged.append(found)
+            else:
+                yield Window.cell(*chunk, plan.chunk_px), found
         if damaged:
             # All of them are looked at, and forgotten, before the first is told: one more pass is to heal them all.
             raise damaged[0]

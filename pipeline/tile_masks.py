@@ -21,7 +21,7 @@ from segpipe.tasks.grid import Lattice
 from segpipe.tasks.predict import INVALID
 from segpipe.tasks.read import Tile
 
-from .publish import partial_path
+from .beside import partial_path
 
 FOLDER = "tile_masks"
 BUILDING, OTHER = 255, 0

@@ -27,13 +27,14 @@ from segpipe.tasks.sample import SCORED, cut
 from .areas import is_read
 from .config import TrainConfig
 from .job import TrainJob, check_settings, plan_job, resolve_normalisation
+from .lock import locked
 from .measure import Eye, View, look, measure
 from .pairs import parts_to_read
 from .plan import check_output
 from .progress import terminal
 from .sources import Sources, check_sources, plan_sources, read_sources
 from .split import Split
-from .store import locked, write_bytes
+from .storage import write_bytes
 from .train_end import BUNDLE, REPORT, SAMPLES, finish
 from .train_report import triptych
 

@@ -28,7 +28,7 @@ from .config import TrainConfig
 from .job import TrainJob
 from .measure import CORE_PX, HALO_AREA_PX, UNBOUNDED_PX, Eye, Seen, View, count_logits, effective_halo, look, measure
 from .plan import allowance
-from .store import write_bytes
+from .storage import write_bytes
 from .train_report import Example, TrainReport, triptych, write_train_report
 
 BUNDLE, REPORT, SAMPLES = "model.safetensors", "report.html", "samples"

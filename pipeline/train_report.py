@@ -22,8 +22,8 @@ from segpipe.models.fit import Record
 from segpipe.models.metrics import Counts
 from segpipe.models.weights import Card
 
+from .beside import written_beside
 from .measure import Seen
-from .publish import written_beside
 from .report import page_template
 
 SIDE_PX = 256

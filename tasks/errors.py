@@ -20,6 +20,21 @@ class RunError(SegpipeError):
     """Something failed while running. What was finished is kept, and running the command again resumes. Exit code 1."""
 
 
+class WorkerError(RunError):
+    """A worker cannot do what another can: another version, device or disk. worker: its address, if it is known."""
+
+    def __init__(self, reason: str, worker: str = "") -> None:
+        super().__init__(reason)
+        self.worker = worker
+
+    def __reduce__(self) -> tuple[type["WorkerError"], tuple[str, str]]:
+        return type(self), (str(self), self.worker)
+
+
+class StorageError(RunError):
+    """The store cannot be read or written: nobody answers, or it is gone. No other task fares better: the run ends."""
+
+
 class DamageError(RunError):
     """A file that the ledger names is missing or damaged. Its entry is taken back: another pass makes it anew."""
 
@@ -34,3 +49,7 @@ class TileError(RunError):
 
     def __reduce__(self) -> tuple[type["TileError"], tuple[str, str]]:
         return type(self), (self.path, self.reason)
+
+
+class UnreachableError(TileError):
+    """The server of a tile did not answer, or not in time: nothing is known of the tile."""

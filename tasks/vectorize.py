@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -22,12 +22,22 @@ from numpy.typing import NDArray
 
 from .grid import Lattice, Window
 from .outlines import Geometries, Int64s, Runs, find_runs, segments_of, trace
+from .regularize import orthogonal
 
 FULL_U8 = 250
 """The stored value of probability 1; larger values are invalid pixels."""
 
-_HOLE_CELL_PX = 512
-"""Holes are looked at together by cells of this side: few reads, each of a bounded window."""
+INVALID_U8 = 255
+"""The stored value of pixels without valid imagery."""
+
+UNKNOWN = 254
+"""Stands for a pixel that has imagery but was not predicted: no building's, and not without data either."""
+
+FORMS = ("raw", "simplified", "orthogonal")
+"""What an outline may be: the mask's own, with fewer corners, or with right angles."""
+
+_CELL_PX = 512
+"""Pixels are looked at together by cells of this side: few reads, each of a bounded window."""
 
 _TOPOLOGY_CORNERS = 20_000
 """Most corners of an outline to simplify with its topology: 0.2 s here, and GEOS's time grows with their square."""
@@ -39,12 +49,16 @@ class VectorSettings:
 
     threshold_u8: the least probability of a building's pixel in steps of 1/250, ceil(250 x threshold).
     min_area_m2, fill_holes_m2: smaller buildings are dropped, smaller holes filled. simplify_m: tolerance, 0 for none.
+    regularize: orthogonal for outlines with right angles, where one overlaps the raw outline with an IoU of
+    regularize_min_iou or more.
     """
 
     threshold_u8: int
     min_area_m2: float
     fill_holes_m2: float
     simplify_m: float
+    regularize: Literal["none", "orthogonal"] = "none"
+    regularize_min_iou: float = 0.8
 
     def __post_init__(self) -> None:
         if not 1 <= self.threshold_u8 <= FULL_U8:
@@ -53,6 +67,8 @@ class VectorSettings:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} {value}: expected a number of 0 or more")
+        if not 0 < self.regularize_min_iou <= 1:
+            raise ValueError(f"regularize_min_iou {self.regularize_min_iou}: expected a number above 0 and up to 1")
 
 
 @dataclass(frozen=True)
@@ -87,34 +103,44 @@ class Components:
     @classmethod
     def empty(cls) -> Self:
         """No element."""
-        dtypes = {"geometry": np.object_, "pixel_m": np.float64, "cut": np.bool_}
-        return cls(*(np.zeros(0, dtypes.get(field.name, np.int64)) for field in fields(cls)))
+        dtypes = {"geometry": "O", "raw": "O", "pixel_m": "f8", "form": "i1", "cut": "?", "touches_nodata": "?"}
+        return cls(*(np.zeros(0, dtypes.get(field.name, "i8")) for field in fields(cls)))
 
     @classmethod
     def from_arrow(cls, batch: pa.RecordBatch) -> Self:
         """The inverse of to_arrow."""
         columns = {field.name: batch.column(field.name).to_numpy(zero_copy_only=False) for field in fields(cls)}
-        return cls(**columns | {"geometry": _from_wkb(columns["geometry"])})
+        return cls(**columns | {name: _from_wkb(columns[name]) for name in _GEOMETRIES if name in columns})
 
     def to_arrow(self) -> pa.RecordBatch:
-        """A column per field, geometry as little-endian WKB."""
-        names = [field.name for field in fields(self)]
-        columns = [pa.array(getattr(self, name)) for name in names if name != "geometry"]
-        columns.insert(names.index("geometry"), _to_wkb(self.geometry))
-        return pa.RecordBatch.from_arrays(columns, names)
+        """A column per field, geometries as little-endian WKB."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        columns = [_to_wkb(value) if name in _GEOMETRIES else pa.array(value) for name, value in values.items()]
+        return pa.RecordBatch.from_arrays(columns, [*values])
+
+
+_GEOMETRIES = ("geometry", "raw")
 
 
 @dataclass(frozen=True)
 class Buildings(Components):
-    """Finished buildings: geometry is simplified and its small holes are filled, pixels and prob_sum are the mask's.
+    """Finished buildings: geometry is what is to be published of each, as long as no neighbour is in its way.
 
-    area_px: pixels with those of the filled holes, exact. pixel_m: side of a pixel on the ground at the building's
-    centre, in metres. cut: True where it goes on into imagery that was not predicted.
+    pixels and prob_sum are the mask's. raw: the mask's outline with small holes filled, canonical; no two overlap.
+    form: which of FORMS geometry is. area_px: pixels with those of the filled holes, the area of raw. pixel_m: side of
+    a pixel on the ground at the building's centre, in metres. edge_px, edge_sum: number and sum of probabilities of
+    the pixels with a 4-neighbour outside the building. touches_nodata: one of those neighbours has no valid imagery.
+    cut: True where the building goes on into imagery that was not predicted.
     """
 
     area_px: Int64s
     pixel_m: NDArray[np.float64]
     cut: NDArray[np.bool_]
+    raw: Geometries
+    form: NDArray[np.int8]
+    edge_px: Int64s
+    edge_sum: Int64s
+    touches_nodata: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -244,21 +270,105 @@ def finish(
     if not len(components):
         return Buildings.empty()
     pixel_m = _pixel_m(components.geometry, lattice)
-    geometry, filled_px = _fill_holes(components.geometry, settings, pixel_m, read_prob)
+    raw, filled_px = _fill_holes(components.geometry, settings, pixel_m, read_prob)
     area_px = components.pixels + filled_px
     large = area_px * pixel_m**2 >= settings.min_area_m2
-    geometry, pixel_m = geometry[large], pixel_m[large]
-    kept = components.take(large)
+    kept, raw, pixel_m = components.take(large), raw[large], pixel_m[large]
+    geometry, form = _published_form(raw, pixel_m, settings, lattice)
+    edge_px, edge_sum, touches_nodata = _edge_sums(kept.geometry, read_prob)
     return Buildings(
         key_row=kept.key_row,
         key_col=kept.key_col,
         pixels=kept.pixels,
         prob_sum=kept.prob_sum,
-        geometry=_simplify(geometry, settings.simplify_m / pixel_m, lattice) if settings.simplify_m else geometry,
+        geometry=geometry,
         area_px=area_px[large],
         pixel_m=pixel_m,
         cut=np.zeros(len(pixel_m), np.bool_) if cut is None else cut[large],
+        raw=raw,
+        form=form,
+        edge_px=edge_px,
+        edge_sum=edge_sum,
+        touches_nodata=touches_nodata,
     )
+
+
+def _published_form(
+    raw: Geometries, pixel_m: NDArray[np.float64], settings: VectorSettings, lattice: Lattice
+) -> tuple[Geometries, NDArray[np.int8]]:
+    """The outlines that the settings ask for, and which of FORMS each is."""
+    geometry, form = raw, np.zeros(len(raw), np.int8)
+    if settings.simplify_m:
+        geometry, simple = _simplify(raw, settings.simplify_m / pixel_m, lattice)
+        form[simple] = FORMS.index("simplified")
+    if settings.regularize == "orthogonal":
+        regular, good = orthogonal(raw, pixel_m, settings.regularize_min_iou)
+        good[good] = _is_valid(regular[good], lattice)
+        geometry = np.where(good, regular, geometry)
+        form[good] = FORMS.index("orthogonal")
+    return geometry, form
+
+
+def edge_pixels(outlines: Geometries) -> tuple[Int64s, Int64s, Int64s, Int64s, Int64s]:
+    """Along canonical outlines, for every side of a pixel: row and column inside, row and column outside, the polygon.
+
+    A pixel stands there as often as it has neighbours outside.
+    """
+    rings, owner = shapely.get_rings(outlines, return_index=True)
+    coords, ring = shapely.get_coordinates(rings, return_index=True)
+    xy = coords.astype(np.int64)
+    here = np.flatnonzero(ring[1:] == ring[:-1])
+    (x0, y0), (x1, y1) = xy[here].T, xy[here + 1].T
+    index = owner[ring[here]]
+    length = np.abs(x1 - x0) + np.abs(y1 - y0)
+    upright = np.repeat(x0 == x1, length)
+    step = _ranges(np.zeros_like(length), length)
+    left, top = np.repeat(np.minimum(x0, x1), length), np.repeat(np.minimum(y0, y1), length)
+    row, col = np.where(upright, top + step, top), np.where(upright, left, left + step)
+    # Who walks an outline has the building on the right: walking up (y falls) or to the right it lies beyond the line.
+    beyond = np.repeat(np.where(x0 == x1, y1 < y0, x1 > x0), length)
+    near_row, near_col = np.where(upright, row, row - 1), np.where(upright, col - 1, col)
+    return (
+        np.where(beyond, row, near_row),
+        np.where(beyond, col, near_col),
+        np.where(beyond, near_row, row),
+        np.where(beyond, near_col, col),
+        np.repeat(index, length),
+    )
+
+
+def _edge_sums(
+    outlines: Geometries, read_prob: Callable[[Window], NDArray[np.uint8]]
+) -> tuple[Int64s, Int64s, NDArray[np.bool_]]:
+    """Number of the pixels along the outlines, sum of their probabilities, and whether one of them touches nodata."""
+    count = len(outlines)
+    row, col, out_row, out_col, index = edge_pixels(outlines)
+    order = np.lexsort((col, row, index))
+    row, col, index = row[order], col[order], index[order]
+    new = np.append(True, (np.diff(row) != 0) | (np.diff(col) != 0) | (np.diff(index) != 0))[: len(row)]
+    row, col, of = row[new], col[new], index[new]
+    beside = _probabilities(out_row, out_col, read_prob)
+    inside = _probabilities(row, col, read_prob)
+    edge_sum = np.zeros(count, np.int64)
+    np.add.at(edge_sum, of, inside)
+    touches_nodata = np.zeros(count, np.bool_)
+    touches_nodata[index[beside[order] == INVALID_U8]] = True
+    return np.bincount(of, minlength=count), edge_sum, touches_nodata
+
+
+def _probabilities(row: Int64s, col: Int64s, read_prob: Callable[[Window], NDArray[np.uint8]]) -> Int64s:
+    """Stored values of single pixels, read cell by cell."""
+    values = np.zeros(len(row), np.int64)
+    if not len(row):
+        return values
+    cell_row, cell_col = row // _CELL_PX, col // _CELL_PX
+    order = np.lexsort((cell_col, cell_row))
+    ends = np.flatnonzero((np.diff(cell_row[order]) != 0) | (np.diff(cell_col[order]) != 0)) + 1
+    for pixels in np.split(order, ends):
+        rows, cols = row[pixels], col[pixels]
+        window = Window.between(int(rows.min()), int(cols.min()), int(rows.max()) + 1, int(cols.max()) + 1)
+        values[pixels] = read_prob(window)[rows - window.row_off, cols - window.col_off]
+    return values
 
 
 def _pixel_m(geometry: Geometries, lattice: Lattice) -> NDArray[np.float64]:
@@ -303,7 +413,7 @@ def _is_plain(
     if not len(holes):
         return plain
     row, col, hole = _pixels_inside(holes)
-    cell = np.stack([row // _HOLE_CELL_PX, col // _HOLE_CELL_PX])
+    cell = np.stack([row // _CELL_PX, col // _CELL_PX])
     first = np.searchsorted(hole, np.arange(len(holes)))
     _, group = np.unique(cell[:, first], axis=1, return_inverse=True)
     by_group = np.argsort(group[hole], kind="stable")
@@ -335,8 +445,10 @@ def _ranges(start: Int64s, length: Int64s) -> Int64s:
     return ranges
 
 
-def _simplify(geometry: Geometries, tolerance_px: NDArray[np.float64], lattice: Lattice) -> Geometries:
-    """Polygons with fewer corners, those whose simple form would not be a valid Polygon left as they are."""
+def _simplify(
+    geometry: Geometries, tolerance_px: NDArray[np.float64], lattice: Lattice
+) -> tuple[Geometries, NDArray[np.bool_]]:
+    """Polygons with fewer corners, and True for them; those whose simple form is no valid Polygon as they are."""
     # Douglas-Peucker ring by ring is ten times faster than GEOS's form that keeps the topology, and mostly enough.
     simple, good = _simplify_rings(geometry, tolerance_px)
     good[good] = _is_valid(simple[good], lattice)
@@ -345,7 +457,7 @@ def _simplify(geometry: Geometries, tolerance_px: NDArray[np.float64], lattice: 
     is_polygon = (shapely.get_type_id(simple[rest]) == shapely.GeometryType.POLYGON) & ~shapely.is_empty(simple[rest])
     good[rest] = is_polygon & _is_valid(simple[rest], lattice)
     simple[~good] = geometry[~good]
-    return simple
+    return simple, good
 
 
 def _simplify_rings(geometry: Geometries, tolerance_px: NDArray[np.float64]) -> tuple[Geometries, NDArray[np.bool_]]:
@@ -364,11 +476,11 @@ def _simplify_rings(geometry: Geometries, tolerance_px: NDArray[np.float64]) -> 
 
 def _is_valid(geometry: Geometries, lattice: Lattice) -> NDArray[np.bool_]:
     """True for what is valid and stays so in the CRS: rounding may push a hole through an oblique side it touches."""
-    valid: NDArray[np.bool_] = shapely.is_valid(geometry) & shapely.is_valid(_to_crs(geometry, lattice))
+    valid: NDArray[np.bool_] = shapely.is_valid(geometry) & shapely.is_valid(to_crs(geometry, lattice))
     return valid
 
 
-def _to_crs(geometry: Geometries, lattice: Lattice) -> Geometries:
+def to_crs(geometry: Geometries, lattice: Lattice) -> Geometries:
     """Polygons in CRS coordinates, from lattice pixels."""
     to_x_y = lattice.transform()
 
@@ -378,29 +490,6 @@ def _to_crs(geometry: Geometries, lattice: Lattice) -> Geometries:
 
     moved: Geometries = shapely.transform(geometry, forward)
     return moved
-
-
-def publishable(buildings: Buildings, lattice: Lattice) -> pa.RecordBatch:
-    """What users get of buildings, in the same order.
-
-    building_id: text, the first pixel's place on the lattice. area_m2: ground area of the published polygon, to the
-    cm². pixels: of the mask. confidence: mean probability of these, to 4 decimals. cut: True where the building goes on
-    into imagery that was not predicted. geometry: WKB in the lattice's CRS, shells counterclockwise.
-    """
-    area_m2 = shapely.area(buildings.geometry) * buildings.pixel_m**2
-    confidence = buildings.prob_sum / (FULL_U8 * buildings.pixels)
-    geometry = shapely.orient_polygons(_to_crs(buildings.geometry, lattice)) if len(buildings) else buildings.geometry
-    return pa.RecordBatch.from_arrays(
-        [
-            pa.array(building_ids(buildings.key_row, buildings.key_col), pa.string()),
-            pa.array(np.round(area_m2, 2), pa.float64()),
-            pa.array(buildings.pixels),
-            pa.array(np.round(confidence, 4), pa.float64()),
-            pa.array(buildings.cut, pa.bool_()),
-            _to_wkb(geometry),
-        ],
-        ["building_id", "area_m2", "pixels", "confidence", "cut", "geometry"],
-    )
 
 
 def building_ids(key_row: Int64s, key_col: Int64s) -> list[str]:
@@ -421,69 +510,6 @@ def first_pixels(ids: pa.Array) -> tuple[Int64s, Int64s]:
         pc.equal(parts.field(name), sign).to_numpy(zero_copy_only=False) for name, sign in (("ns", "N"), ("ew", "W"))
     )
     return np.where(north, -row, row), np.where(west, -col, col)
-
-
-def fragment_to_bytes(fragment: Fragment) -> bytes:
-    """A fragment as an Arrow IPC file of one row, whose columns can be read apart. Equal fragments give equal bytes."""
-    sides, window = fragment.sides, fragment.sides.window
-    columns = {f"window_{name}": pa.array([getattr(window, name)], pa.int64()) for name in _WINDOW}
-    columns |= {name: pa.array([getattr(fragment, name)], pa.int64()) for name in _COUNTS}
-    columns |= {f"side_{name}": _in_one_row(pa.array(getattr(sides, name))) for name in _SIDES}
-    for part in ("border", "finished"):
-        batch = getattr(fragment, part).to_arrow()
-        columns |= {f"{part}_{name}": _in_one_row(batch.column(name)) for name in batch.schema.names}
-    row = pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
-    sink = pa.BufferOutputStream()
-    options = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
-    with pa.ipc.new_file(sink, row.schema, options=options) as writer:
-        writer.write_batch(row)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
-
-
-def sides_from_bytes(data: bytes | pa.Buffer) -> Sides:
-    """The sides of a stored fragment alone: no polygon is read."""
-    return _sides_of(_read_row(data, "window_", "side_", "border_key_"))
-
-
-def border_from_bytes(data: bytes | pa.Buffer) -> Components:
-    """The pieces of a stored fragment that touch its sides: element n - 1 is the one with label n."""
-    return Components.from_arrow(_batch_of(_read_row(data, "border_"), "border_"))
-
-
-def finished_from_bytes(data: bytes | pa.Buffer) -> Buildings:
-    """The finished buildings of a stored fragment."""
-    return Buildings.from_arrow(_batch_of(_read_row(data, "finished_"), "finished_"))
-
-
-_WINDOW = ("row_off", "col_off", "height", "width")
-_COUNTS = ("valid_pixels", "invalid_pixels", "mask_pixels")
-_SIDES = ("top", "right", "bottom", "left")
-
-
-def _in_one_row(values: pa.Array) -> pa.Array:
-    return pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
-
-
-def _read_row(data: bytes | pa.Buffer, *prefixes: str) -> pa.RecordBatch:
-    """The one row of a fragment file with the columns whose names begin so; the others are not decompressed."""
-    names = pa.ipc.open_file(data).schema.names
-    wanted = [index for index, name in enumerate(names) if name.startswith(prefixes)]
-    options = pa.ipc.IpcReadOptions(included_fields=wanted, use_threads=False)
-    return pa.ipc.open_file(data, options=options).get_batch(0)
-
-
-def _batch_of(row: pa.RecordBatch, prefix: str) -> pa.RecordBatch:
-    """The list columns with a prefix as a batch of their own."""
-    names = [name for name in row.schema.names if name.startswith(prefix)]
-    return pa.RecordBatch.from_arrays([row.column(name).flatten() for name in names], [n[len(prefix) :] for n in names])
-
-
-def _sides_of(row: pa.RecordBatch) -> Sides:
-    window = Window(*(row.column(f"window_{name}")[0].as_py() for name in _WINDOW))
-    sides = [row.column(f"side_{name}").flatten().to_numpy() for name in _SIDES]
-    keys = [row.column(f"border_key_{name}").flatten().to_numpy() for name in ("row", "col")]
-    return Sides(window, *sides, *keys)
 
 
 def _to_wkb(geometry: Geometries) -> pa.Array:

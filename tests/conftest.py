@@ -17,6 +17,7 @@ from typing import Any
 
 import hypothesis
 import numpy as np
+import pyogrio
 import pytest
 import rasterio
 import yaml
@@ -31,7 +32,6 @@ from segpipe.pipeline import run
 from segpipe.pipeline.cluster import InProcess, Outcome
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.plan import Plan
-from segpipe.pipeline.publish import rows_digest
 
 # No test asserts a time, and a busy machine is none of a law's business.
 hypothesis.settings.register_profile("laws", deadline=None)
@@ -245,9 +245,14 @@ def map_it(config: Path, *overrides: str, fresh: bool = False) -> run.Published:
     return run.map_city(load_city(config, overrides), Console(file=StringIO()), fresh=fresh)
 
 
-def outputs(folder: Path) -> dict[str, Any]:
-    """What must not depend on how the work was cut: rows of buildings.gpkg in order, pixels of the rasters, place."""
-    found: dict[str, Any] = {"rows": rows_digest(folder / "buildings.gpkg")}
+def outputs(folder: Path, tiles: bool = True) -> dict[str, Any]:
+    """What must not depend on how the work was cut: rows of buildings.gpkg in order, pixels of the rasters, place.
+
+    tiles: with the names of the tiles that each building lies on.
+    """
+    rows = pyogrio.read_dataframe(folder / "buildings.gpkg", layer="buildings", use_arrow=True)
+    rows = rows.to_wkb()
+    found: dict[str, Any] = {"rows": rows.drop(columns=[] if tiles else "tiles").to_dict("list")}
     for name in ("mask", "probability"):
         with rasterio.open(folder / f"{name}.tif") as raster:
             found[name] = raster.read(1).tobytes()

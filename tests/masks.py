@@ -12,18 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rasterio.features import shapes
 
+from segpipe.tasks.fragments import border_from_bytes, finished_from_bytes, fragment_to_bytes, sides_from_bytes
 from segpipe.tasks.grid import Lattice, Window
 from segpipe.tasks.seams import collect, join, plan_joins
-from segpipe.tasks.vectorize import (
-    Buildings,
-    VectorSettings,
-    border_from_bytes,
-    finish,
-    finished_from_bytes,
-    fragment_to_bytes,
-    sides_from_bytes,
-    vectorize_block,
-)
+from segpipe.tasks.vectorize import Buildings, VectorSettings, finish, vectorize_block
 
 # The full number of examples takes minutes: SEGPIPE_THOROUGH=1 asks for it, with other examples at every run.
 THOROUGH = os.environ.get("SEGPIPE_THOROUGH") == "1"

@@ -21,7 +21,7 @@ from segpipe.pipeline.areas import (
     plan_inria,
     write_area,
 )
-from segpipe.pipeline.cluster import call_each
+from segpipe.pipeline.cluster_local import call_each
 from segpipe.pipeline.config import load_train
 from segpipe.pipeline.split import split_areas
 from segpipe.tasks.errors import UserError

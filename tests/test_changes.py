@@ -14,8 +14,9 @@ import shapely
 from conftest import ORIGIN, City, draw_blobs, map_it, outputs, write_tile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_rows import published_rows
 
-from segpipe.pipeline import changes, publish, run
+from segpipe.pipeline import changes, publish
 from segpipe.pipeline.changes import compare
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.manifest import nothing_changed
@@ -32,15 +33,13 @@ def batch(places: list[tuple[int, int, int]], confidence: float = 0.5) -> pa.Rec
     """Square buildings: first pixel's row and column, and side; in the order of the lattice."""
     places = sorted(places, key=lambda it: (it[0] // CELL, it[1] // CELL, it[0], it[1]))
     row, col, side = np.array(places, np.int64).reshape(-1, 3).T
-    columns = {
-        "building_id": building_ids(row, col),
-        "area_m2": side**2 * 0.09,
-        "pixels": side**2,
-        "confidence": np.full(len(row), confidence),
-        "cut": np.zeros(len(row), np.bool_),
-        "geometry": shapely.to_wkb(shapely.box(col, -row - side, col + side, -row)),
-    }
-    return pa.record_batch([pa.array(columns[it.name], it.type) for it in publish.SCHEMA], schema=publish.SCHEMA)
+    return published_rows(
+        shapely.box(col, -row - side, col + side, -row),
+        building_id=building_ids(row, col),
+        area_m2=side**2 * 0.09,
+        pixels=side**2,
+        confidence=np.full(len(row), confidence),
+    )
 
 
 def told(old: list[tuple[int, int, int]], new: list[tuple[int, int, int]], rows: int = 3) -> list[tuple[Any, ...]]:
@@ -171,7 +170,7 @@ def test_the_layer_is_there_and_empty_when_nothing_was_published_before(city: Ci
 def test_a_replaced_an_added_and_a_removed_tile(
     make_city: MakeCity, in_process: type, cell_px: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(run, "ORDER_CELL_PX", cell_px)
+    monkeypatch.setattr(publish, "ORDER_CELL_PX", cell_px)
     city = make_city(1, 3, **SMALL)
     folder, tiles = tmp_path / "run", tmp_path / "tiles"
     map_it(city.config)

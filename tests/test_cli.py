@@ -14,10 +14,10 @@ from click.testing import CliRunner, Result
 from conftest import ORIGIN, City, draw_blobs, map_it, outputs, tasks_done, write_tile
 
 from segpipe.models.networks import NETWORKS
-from segpipe.pipeline import cli, evaluate, run, stages
+from segpipe.pipeline import cli, evaluate, rasters, run, stages
 from segpipe.pipeline import plan as plan_module
 from segpipe.pipeline.cli import main
-from segpipe.pipeline.store import locked
+from segpipe.pipeline.lock import locked
 from segpipe.tasks.errors import TileError
 
 MakeCity = Callable[..., City]
@@ -211,7 +211,7 @@ def test_only_a_command_that_keeps_something_says_how_to_go_on(
     def broken(*_: Any) -> None:
         raise cause
 
-    monkeypatch.setattr(evaluate, "evaluate_run", broken)
+    monkeypatch.setattr(evaluate, "evaluate_to", broken)
     found = segpipe("evaluate", ".", "--truth", "x.tif")
     assert found.exit_code == 1
     assert "kept" not in one_line(found)
@@ -286,7 +286,7 @@ def test_a_disk_that_fills_up_mid_run_is_exit_code_1_and_nothing_is_lost(
     map_it(city.config)
     whole = tasks_done(city.folder / "run")
     monkeypatch.setattr(plan_module, "_check_disk", lambda *_: None)
-    monkeypatch.setattr(run.publish, "GDAL_CACHE_BYTES", 2**20)
+    monkeypatch.setattr(rasters, "GDAL_CACHE_BYTES", 2**20)
     output = mounted("size=48k") / "run"
     config = city.set(output=str(output))
     failures = 0

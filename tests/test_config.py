@@ -65,9 +65,12 @@ def test_the_least_that_works_has_the_defaults_of_the_contract(tmp_path: Path) -
             "fill_holes_m2": 2,
             "simplify_m": 0.3,
             "regularize": "none",
+            "regularize_min_iou": 0.8,
         },
         "cluster": {"kind": "local", "workers": "auto", "threads": "auto", "memory": "auto"},
         "publish": {"tile_masks": False},
+        "outputs": {"formats": (), "crs": None},
+        "storage": {"endpoint": None, "region": None, "anonymous": False},
         "store": {"keep": "all"},
     }
 
@@ -308,6 +311,8 @@ def test_a_training_job_is_read_with_its_own_names(tmp_path: Path) -> None:
         load_train(train(tmp_path, areas=[{"images": "a.tif", "label": "c.tif"}]))
     with pytest.raises(UserError, match=r"areas: found \[5\]; expected a list such as"):
         load_train(train(tmp_path, areas=[5]))
+    with pytest.raises(UserError, match=r"output: .*is no folder of this machine; expected a folder"):
+        load_train(train(tmp_path, output="s3://bucket/run"))
 
 
 # Which files are meant by `images:`

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import ORIGIN, City, FakePredictor, map_it, outputs, raster, stages_since, tasks_done, write_tile
 
-from segpipe.pipeline import run, stages
+from segpipe.pipeline import imagery, run, stages
 from segpipe.pipeline.config import load_city
+from segpipe.pipeline.ledger import Ledger
 from segpipe.pipeline.plan import Plan, make_plan
-from segpipe.pipeline.store import Ledger
 from segpipe.tasks.errors import RunError, TileError
 
 MakeCity = Callable[..., City]
@@ -244,7 +244,7 @@ def test_a_skipped_tile_is_left_out_of_the_picture_where_the_imagery_was_not_kep
 ) -> None:
     city = make_city(1, 2, **SMALL | {"on_tile_error": "skip", "nodata": None, "store": {"keep": "probability"}})
     path = str(tmp_path / "tiles" / "tile2.tif")
-    read_window = run.read_window
+    read_window = imagery.read_window
 
     def broken(tiles: Any, *arguments: Any) -> Any:
         if path in [tile.path for tile in tiles]:
@@ -252,7 +252,7 @@ def test_a_skipped_tile_is_left_out_of_the_picture_where_the_imagery_was_not_kep
         return read_window(tiles, *arguments)
 
     monkeypatch.setattr(stages, "read_window", broken)
-    monkeypatch.setattr(run, "read_window", broken)
+    monkeypatch.setattr(imagery, "read_window", broken)
     map_it(city.config)
     assert list(map_it(city.config, "vectorize.threshold=0.45").skipped) == [path]
     assert (raster(tmp_path / "run" / "mask.tif")[:, TILE:] == 255).all()

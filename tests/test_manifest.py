@@ -14,8 +14,8 @@ import pytest
 from conftest import City, map_it
 
 from segpipe.pipeline.config import load_city
+from segpipe.pipeline.geopackage import rows_digest
 from segpipe.pipeline.manifest import check_folder_is_ours, nothing_changed, read_manifest, revoke
-from segpipe.pipeline.publish import rows_digest
 from segpipe.tasks.errors import UserError
 
 

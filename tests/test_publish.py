@@ -1,5 +1,6 @@
 """Laws of publishing: what is published is what went in, whole or not at all, and nobody's work is written over."""
 
+import itertools
 import resource
 import shutil
 import sqlite3
@@ -16,19 +17,12 @@ import rasterio
 import shapely
 from pyproj import CRS
 
-from segpipe.pipeline import changes, publish
-from segpipe.pipeline.publish import (
-    BATCH_ROWS,
-    SCHEMA,
-    add_changes,
-    find_published,
-    partial_path,
-    place_geopackage,
-    read_rows,
-    rows_digest,
-    write_cog,
-    write_geopackage,
-)
+from segpipe.pipeline import changes, placing
+from segpipe.pipeline.beside import partial_path
+from segpipe.pipeline.geopackage import add_changes, read_rows, rows_digest, write_geopackage
+from segpipe.pipeline.placing import find_published, place_geopackage
+from segpipe.pipeline.rasters import write_cog
+from segpipe.pipeline.rows import BATCH_ROWS, SCHEMA
 from segpipe.tasks.errors import RunError
 from segpipe.tasks.grid import Lattice, Window
 
@@ -40,12 +34,22 @@ def rows(numbers: np.ndarray, geometries: np.ndarray | None = None) -> pa.Record
     if geometries is None:
         x, y = 500_000 + numbers % 1000 * 10.0, 3_000_000 + numbers // 1000 * 10.0
         geometries = shapely.box(x, y, x + 3 + numbers % 5, y + 7)
+    share = 0.5 + numbers % 100 / 200
     columns = {
         "building_id": [f"r{number}c7" for number in numbers],
         "area_m2": numbers * 0.09,
+        "perimeter_m": numbers * 0.3,
         "pixels": numbers,
-        "confidence": 0.5 + numbers % 100 / 200,
+        "confidence": share,
+        "edge_confidence": share / 2,
+        "rectangularity": 1 - share / 3,
+        "holes": numbers % 4,
+        "outline": np.array(["raw", "simplified", "orthogonal"])[numbers % 3],
+        "touches_nodata": numbers % 5 == 0,
+        "touches_edge": numbers % 10 == 0,
         "cut": numbers % 3 == 0,
+        "tiles": np.array(["a.tif", "a.tif, b.tif"])[numbers % 2],
+        "review": share,
         "geometry": shapely.to_wkb(geometries),
     }
     return pa.record_batch([pa.array(columns[field.name], field.type) for field in SCHEMA], schema=SCHEMA)
@@ -110,7 +114,7 @@ def test_120_000_footprints_stream_to_the_file_in_order_and_unchanged(tmp_path: 
     expected = pa.Table.from_batches(list(batches())).to_pandas()
     assert written.features == len(frame) == 120_000
     assert tuple(frame.total_bounds) == written.bounds
-    for name in ("building_id", "area_m2", "pixels", "confidence", "cut"):
+    for name in [name for name in SCHEMA.names if name != "geometry"]:
         assert (frame[name] == expected[name]).all()
     assert (frame.geometry.to_wkb() == expected["geometry"]).all()
     assert CRS(frame.crs) == CRS(32645)
@@ -128,18 +132,20 @@ def test_geopackage_is_version_1_2_with_an_index_and_registered_tables(tmp_path:
     assert contents == [("buildings", "features"), ("layer_styles", "attributes")]
 
 
-def test_the_default_style_is_a_translucent_fill_with_an_outline_where_qgis_looks_for_it(tmp_path: Path) -> None:
+def test_the_default_style_colours_by_confidence_where_qgis_looks_for_it(tmp_path: Path) -> None:
     path = tmp_path / "buildings.gpkg"
     write(path, 1)
     key = "f_table_catalog, f_table_schema, f_table_name, f_geometry_column, useAsDefault"
     [(*found, qml)] = query(path, f"SELECT {key}, styleQML FROM layer_styles")
     assert found == ["", "", "buildings", "geom", 1]
-    style = ElementTree.fromstring(str(qml))
-    assert style.find("renderer-v2/symbols/symbol").attrib["type"] == "fill"  # type: ignore[union-attr]
-    options = {option.get("name"): option.get("value", "") for option in style.iter("Option")}
-    assert 0 < int(options["color"].split(",")[3]) < 128
-    assert int(options["outline_color"].split(",")[3]) == 255
-    assert options["outline_style"] == "solid"
+    renderer = ElementTree.fromstring(str(qml)).find("renderer-v2")
+    assert renderer is not None
+    assert (renderer.get("type"), renderer.get("attr")) == ("graduatedSymbol", "confidence")
+    limits = [(float(it.get("lower", "")), float(it.get("upper", ""))) for it in renderer.iter("range")]
+    assert (limits[0][0], limits[-1][1]) == (0, 1)
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(limits)), "every confidence has a colour"
+    fills = [it.find("layer/prop[@k='color']") for it in renderer.iter("symbol")]
+    assert len({it.get("v") for it in fills if it is not None}) == len(limits)
 
 
 def test_changes_stand_beside_the_buildings_unchanged_with_index_style_and_nulls(tmp_path: Path) -> None:
@@ -199,7 +205,7 @@ def test_a_city_without_buildings_is_an_empty_valid_layer(tmp_path: Path, batche
     written = write_geopackage(path, batches, WKT)
     info = pyogrio.read_info(path, layer="buildings")
     assert (written.features, written.bounds, info["features"]) == (0, None, 0)
-    assert list(info["fields"]) == ["building_id", "area_m2", "pixels", "confidence", "cut"]
+    assert list(info["fields"]) == [name for name in SCHEMA.names if name != "geometry"]
     assert info["geometry_type"] == "Polygon"
     assert CRS(info["crs"]) == CRS(32645)
     assert rows_digest(path) == written.digest
@@ -213,7 +219,7 @@ def test_the_digest_does_not_depend_on_the_cut_into_batches_nor_on_byte_order(tm
     }
     batch = rows(numbers)
     big_endian = pa.array(shapely.to_wkb(shapely.from_wkb(batch.column("geometry")), byte_order=0), pa.binary())
-    batch = batch.set_column(5, SCHEMA.field("geometry"), big_endian)
+    batch = batch.set_column(len(SCHEMA) - 1, SCHEMA.field("geometry"), big_endian)
     digests.add(write_geopackage(tmp_path / "big.gpkg", [batch], WKT).digest)
     assert len(digests) == 1
 
@@ -383,7 +389,7 @@ def test_a_file_that_another_program_has_locked_is_left_alone_without_waiting_fo
 ) -> None:
     mine, published, _ = place(tmp_path, 10)
     read: list[Path] = []
-    monkeypatch.setattr(publish, "rows_digest", lambda path: read.append(path) or rows_digest(path))
+    monkeypatch.setattr(placing, "rows_digest", lambda path: read.append(path) or rows_digest(path))
     with closing(sqlite3.connect(mine, isolation_level=None)) as somebody:
         somebody.execute(lock)
         placed, _, left = place(tmp_path, 11, buildings=published)

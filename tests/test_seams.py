@@ -19,18 +19,15 @@ from masks import (
 )
 from scipy import ndimage
 
+from segpipe.tasks.attributes import Imagery, publishable
 from segpipe.tasks.errors import RunError
+from segpipe.tasks.fragments import border_from_bytes, sides_from_bytes
 from segpipe.tasks.grid import Window
 from segpipe.tasks.seams import collect, facing_pairs, group_nodes, join, neighbours, plan_joins
-from segpipe.tasks.vectorize import (
-    VectorSettings,
-    border_from_bytes,
-    mask_of,
-    publishable,
-    sides_from_bytes,
-)
+from segpipe.tasks.vectorize import VectorSettings, mask_of
 
 law = settings(max_examples=500 if THOROUGH else 40, derandomize=not THOROUGH, database=None)
+NOWHERE = Imagery()
 whole_settings = st.builds(
     VectorSettings, st.just(THRESHOLD), st.sampled_from([0.0, 1.0, 10.0]), st.sampled_from([0.0, 0.5, 2.0, 40.0]),
     st.sampled_from([0.0, 0.3, 1.5]),
@@ -62,7 +59,7 @@ def test_published_bytes_do_not_depend_on_the_cut(city, chosen):
     cuts = [cut(window, rng), cut(window, rng, 20, 150), [window.pad(1)]]
     prob = with_corner_contacts(prob, window, cuts[0], rng)
 
-    first, second, uncut = (publishable(vectorize_in_pieces(prob, window, c, chosen), LATTICE) for c in cuts)
+    first, second, uncut = (publishable(vectorize_in_pieces(prob, window, c, chosen), LATTICE, NOWHERE) for c in cuts)
 
     assert first.equals(uncut)
     assert second.equals(uncut)
@@ -213,7 +210,7 @@ def test_a_city_without_buildings_has_none():
     for value in (0, 255):
         buildings = vectorize_in_pieces(np.full((30, 30), value, np.uint8), window, blocks, RAW)
         assert len(buildings) == 0
-        assert publishable(buildings, LATTICE).num_rows == 0
+        assert publishable(buildings, LATTICE, Imagery()).num_rows == 0
     assert plan_joins([], lambda index: pytest.fail("no block to read")).home.size == 0
 
 

@@ -18,7 +18,7 @@ from conftest import map_it, raster
 from segpipe.models.weights import packaged_bundles, read_card
 from segpipe.pipeline import run
 from segpipe.pipeline.cluster import InProcess
-from segpipe.pipeline.evaluate import evaluate_run
+from segpipe.pipeline.evaluate import evaluate_runs
 from segpipe.pipeline.plan import Plan
 
 BUNDLE = "buildings-mobilenetv2"
@@ -75,7 +75,8 @@ def one_polygonize(mask: np.ndarray) -> set[bytes]:
 def test_shipped_bundle_is_as_good_as_its_card_says(area: str, shared: Path, tmp_path: Path) -> None:
     folder = map_images(tmp_path, shared / "data" / "val" / f"{area}_image.tif")
 
-    found = evaluate_run(folder, shared / "data" / "val" / f"{area}_mask.tif").counts.iou
+    truth = shared / "data" / "val" / f"{area}_mask.tif"
+    found = evaluate_runs([folder], [truth], tmp_path / "evaluation").cities[0].whole.pixels.iou
 
     (bundle,) = (path for path in packaged_bundles() if path.stem == BUNDLE)
     promised = read_card(bundle).metrics["iou"]

@@ -18,8 +18,11 @@ from affine import Affine
 from numpy.typing import NDArray
 from pyproj import CRS
 
-from segpipe.pipeline import store as module
-from segpipe.pipeline.store import Layout, Ledger, Store, lock_token, locked, prepare_store, remove_leftovers
+from segpipe.pipeline import lock as module
+from segpipe.pipeline.ledger import Ledger
+from segpipe.pipeline.lock import lock_token, locked
+from segpipe.pipeline.storage import remove_leftovers
+from segpipe.pipeline.store import Layout, Store, prepare_store
 from segpipe.tasks.errors import RunError, UserError
 from segpipe.tasks.grid import Lattice, Window
 
@@ -300,7 +303,7 @@ def hold(folder: Path, **changes: Any) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock of an observer in tenths."""
     monkeypatch.setattr(module, "_STALE_S", 0.3)
-    monkeypatch.setattr(module, "_BEAT_S", 0.02)
+    monkeypatch.setattr(module, "BEAT_S", 0.02)
     sleep = module.time.sleep
     monkeypatch.setattr(module.time, "sleep", lambda seconds: sleep(min(seconds, 0.05)))
 
@@ -317,7 +320,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 
 def test_a_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from segpipe.pipeline.store import locked\n"
+        "import os, sys; from pathlib import Path; from segpipe.pipeline.lock import locked\n"
         "with locked(Path(sys.argv[1])): os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 9
@@ -373,8 +376,8 @@ def test_of_two_that_see_a_stale_lock_only_one_takes_over(tmp_path: Path, monkey
     inside: list[str] = []
     refused: list[str] = []
 
-    def slow(path: Path, holder: dict[str, Any]) -> bool:
-        found = stale(path, holder)
+    def slow(lock: Any, holder: dict[str, Any]) -> bool:
+        found = stale(lock, holder)
         if threading.current_thread().name == "slow":
             taken.wait(10)
         return found

@@ -9,19 +9,16 @@ from scipy import ndimage
 from shapely.affinity import translate
 
 from segpipe.tasks import vectorize
+from segpipe.tasks.attributes import SCHEMA, Imagery, publishable
+from segpipe.tasks.fragments import border_from_bytes, finished_from_bytes, fragment_to_bytes, sides_from_bytes
 from segpipe.tasks.grid import Window
 from segpipe.tasks.vectorize import (
     Buildings,
     VectorSettings,
-    border_from_bytes,
     building_ids,
     finish,
-    finished_from_bytes,
-    fragment_to_bytes,
     mask_of,
     polygonize,
-    publishable,
-    sides_from_bytes,
     vectorize_block,
 )
 
@@ -200,7 +197,7 @@ def test_published_geometry_area_and_confidence_are_those_of_the_building():
     prob = drawn(["......", ".####.", ".#..#.", ".####.", "......"], inside=125)
     window = Window(-10_150_000, 1_100_000, 5, 6)
     buildings = finished(prob, window, RAW)
-    row = publishable(buildings, LATTICE).to_pylist()[0]
+    row = publishable(buildings, LATTICE, Imagery()).to_pylist()[0]
     geometry = shapely.from_wkb(row["geometry"])
     size, x, y = 0.3, 0.11 + 1_100_001 * 0.3, 0.07 + 10_149_999 * 0.3
     house = shapely.box(x, y - 3 * size, x + 4 * size, y) - shapely.box(x + size, y - 2 * size, x + 3 * size, y - size)
@@ -218,14 +215,7 @@ def test_published_geometry_area_and_confidence_are_those_of_the_building():
 def test_no_buildings_are_a_table_without_rows():
     none = Buildings.from_arrow(Buildings.empty().to_arrow())
     assert len(none) == 0
-    assert publishable(none, LATTICE).schema.names == [
-        "building_id",
-        "area_m2",
-        "pixels",
-        "confidence",
-        "cut",
-        "geometry",
-    ]
+    assert publishable(none, LATTICE, Imagery()).schema == SCHEMA
     assert len(Buildings.concatenate([])) == 0
 
 

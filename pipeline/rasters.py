@@ -1,0 +1,137 @@
+"""Rasters to cloud-optimised GeoTIFFs, window by window: memory is set by the block, not by the city."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import rasterio
+import rasterio.errors
+import rasterio.shutil
+import rasterio.windows
+from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError  # the base of what rasterio.shutil.copy raises; it has no public name
+from rasterio.enums import Resampling
+
+from segpipe.tasks.grid import Lattice, Window
+from segpipe.tasks.predict import INVALID
+
+from .beside import partial_path, remove_with_siblings, write_error
+
+TILE_PX = 512
+"""Internal tiles of the COGs."""
+
+
+PROBABILITY_SCALE = 0.004
+"""Stored values times this are probabilities: 250 is 1."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a raster's values mean and how they are shown: value x scale, and a colour (red, green, blue) for each."""
+
+    scale: float
+    colours: Mapping[int, tuple[int, int, int]]
+
+
+def write_cog(
+    path: Path,
+    read: Callable[[Window], NDArray[Any]],
+    window: Window,
+    lattice: Lattice,
+    *,
+    resampling: Literal["mode", "average"],
+    block_px: int,
+    look: Look | None = None,
+) -> None:
+    """Write the raster that covers window as a cloud-optimised GeoTIFF with overviews, and rename it to path.
+
+    read gives uint8 pixels (height, width) of a part of window, 255 for nodata; it is called once per part, of block_px
+    x block_px rounded down to whole internal tiles. Areas of nothing but nodata take no space. The pixels are read back
+    and compared. look: what the values mean, and how they are shown. Raises RunError if that fails or the disk is full;
+    unfinished files are removed.
+    """
+    if not window.pixels:
+        raise ValueError(f"window of {window.height} x {window.width} px: a raster has at least one pixel")
+    flat, cog = partial_path(path.with_stem(f"{path.stem}.flat")), partial_path(path)
+    parts = list(_parts(window, block_px))
+    # Smooth values deflate better as differences; a mask's runs do not.
+    options = {"COMPRESS": "DEFLATE", "PREDICTOR": "YES" if resampling == "average" else "NO", "BIGTIFF": "IF_SAFER"}
+    try:
+        with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES, GDAL_NUM_THREADS="ALL_CPUS"):
+            checksum = _write_flat(flat, read, window, lattice, parts)
+            if look is not None:
+                _give_look(flat, look, resampling, max(window.shape_yx))
+            options |= {"BLOCKSIZE": str(TILE_PX), "SPARSE_OK": "YES"}
+            options["OVERVIEWS"] = "IGNORE_EXISTING" if look is None else "AUTO"
+            options["OVERVIEW_RESAMPLING"] = resampling.upper()
+            rasterio.shutil.copy(flat, cog, driver="COG", **options)
+            _check_cog(cog, window, parts, checksum)
+        cog.replace(path)
+    except (rasterio.errors.RasterioError, CPLE_BaseError, OSError) as error:
+        raise write_error(path, error) from error
+    finally:
+        remove_with_siblings(flat)
+        remove_with_siblings(cog)
+
+
+GDAL_CACHE_BYTES = 16 * 2**20
+"""rasterio takes a number of bytes."""
+
+
+def _parts(window: Window, block_px: int) -> Iterator[Window]:
+    """Parts of window, row by row, counted from its corner: whole internal tiles, so each is compressed only once."""
+    step = max(1, block_px // TILE_PX) * TILE_PX
+    for row_off in range(window.row_off, window.row_stop, step):
+        for col_off in range(window.col_off, window.col_stop, step):
+            yield Window(row_off, col_off, step, step).intersect(window)
+
+
+def _write_flat(
+    path: Path, read: Callable[[Window], NDArray[Any]], window: Window, lattice: Lattice, parts: list[Window]
+) -> int:
+    """Write a tiled GeoTIFF without overviews, part by part; returns the checksum of its pixels."""
+    profile = {"driver": "GTiff", "dtype": "uint8", "count": 1, "height": window.height, "width": window.width}
+    profile |= {"crs": rasterio.crs.CRS.from_wkt(lattice.crs_wkt), "nodata": INVALID}
+    profile |= {"tiled": True, "blockxsize": TILE_PX, "blockysize": TILE_PX, "compress": "deflate", "zlevel": 1}
+    profile |= {"sparse_ok": True, "bigtiff": "IF_SAFER", "interleave": "pixel"}
+    checksum = 0
+    with rasterio.open(path, "w", transform=lattice.transform(window.row_off, window.col_off), **profile) as raster:
+        for part in parts:
+            pixels_HW = np.asarray(read(part), np.uint8).reshape(part.shape_yx)
+            checksum = zlib.crc32(pixels_HW.tobytes(), checksum)
+            if (pixels_HW != INVALID).any():
+                raster.write(pixels_HW, 1, window=_rasterio_window(part, window))
+    return checksum
+
+
+def _give_look(path: Path, look: Look, resampling: Literal["mode", "average"], side_px: int) -> None:
+    """Overviews, then scale and colours: of a raster with a colour table GDAL would average colours, not values."""
+    factors = [2**n for n in range(1, 32) if side_px > TILE_PX * 2 ** (n - 1)]
+    if factors:
+        with rasterio.Env(SPARSE_OK_OVERVIEW="YES"), rasterio.open(path, "r+") as raster:
+            raster.build_overviews(factors, Resampling[resampling])
+    with rasterio.open(path, "r+") as raster:
+        raster.scales, raster.offsets = (look.scale,), (0.0,)
+        raster.write_colormap(1, dict(look.colours))
+
+
+def _check_cog(path: Path, window: Window, parts: list[Window], checksum: int) -> None:
+    found = 0
+    with rasterio.open(path) as raster:
+        layout = raster.tags(ns="IMAGE_STRUCTURE").get("LAYOUT")
+        for part in parts:
+            found = zlib.crc32(raster.read(window=_rasterio_window(part, window)).tobytes(), found)
+    if layout != "COG" or found != checksum:
+        # GDAL only logs what fails when it closes a file: a full disk is first noticed here.
+        raise OSError("the pixels read back are not those that were written: the disk is full or faulty")
+
+
+def _rasterio_window(part: Window, window: Window) -> rasterio.windows.Window:
+    return rasterio.windows.Window(
+        part.col_off - window.col_off, part.row_off - window.row_off, part.width, part.height
+    )

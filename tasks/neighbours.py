@@ -1,0 +1,75 @@
+"""Neighbours kept apart: no published outline overlaps another.
+
+A building whose outline to be published overlaps the one, or the raw outline, of another is published with its raw
+outline, and raw outlines never overlap. So what is published overlaps nowhere, and what becomes of a building follows
+from the pairs that it is in, in whatever order and from wherever they are looked at. Of a pair whose outlines overlap
+each other both give way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from .grid import Lattice
+from .outlines import Geometries, Int64s
+from .vectorize import FORMS, Buildings, to_crs
+
+
+def keep_apart(buildings: Buildings, around: Iterable[Buildings], lattice: Lattice) -> Buildings:
+    """Buildings as they are to be published, among themselves and between those around them.
+
+    around: all others that may overlap one of them, in any number of parts; of each only those are held whose bounds
+    meet those of one of the buildings.
+    """
+    if not len(buildings):
+        return buildings
+    tree = shapely.STRtree(shapely.box(*bounds_of(buildings).T))
+    near = [part.take(np.unique(tree.query(shapely.box(*bounds_of(part).T))[0])) for part in around if len(part)]
+    others = Buildings.concatenate([buildings, *near])
+    blocked = _in_the_way(buildings, others, lattice)
+    if not blocked.any():
+        return buildings
+    return replace(
+        buildings,
+        geometry=np.where(blocked, buildings.raw, buildings.geometry),
+        form=np.where(blocked, np.int8(FORMS.index("raw")), buildings.form),
+    )
+
+
+def bounds_of(buildings: Buildings) -> NDArray[np.float64]:
+    """Left, top, right and bottom of each building's outlines together, the raw one and the one to be published."""
+    published, raw = shapely.bounds(buildings.geometry), shapely.bounds(buildings.raw)
+    return np.hstack([np.minimum(published, raw)[:, :2], np.maximum(published, raw)[:, 2:]])
+
+
+def _in_the_way(buildings: Buildings, others: Buildings, lattice: Lattice) -> NDArray[np.bool_]:
+    """True for buildings whose outline overlaps one of the others'; nothing is in its own way."""
+    blocked = np.zeros(len(buildings), np.bool_)
+    shaped = np.flatnonzero(buildings.form != FORMS.index("raw"))
+    own, key, other_key = buildings.geometry[shaped], _key(buildings)[shaped], _key(others)
+    for theirs in (others.geometry, others.raw):
+        one, other = shapely.STRtree(theirs).query(own)
+        different = key[one] != other_key[other]
+        one, other = one[different], other[different]
+        # Judged in coordinates of the CRS, as they are published, and exactly.
+        overlap = _overlap(own[one], theirs[other], lattice)
+        blocked[shaped[one[overlap]]] = True
+    return blocked
+
+
+def _overlap(one: Geometries, other: Geometries, lattice: Lattice) -> NDArray[np.bool_]:
+    """Whether the insides of polygons meet, pair by pair."""
+    if not len(one):
+        return np.zeros(0, np.bool_)
+    overlap: NDArray[np.bool_] = shapely.relate_pattern(to_crs(one, lattice), to_crs(other, lattice), "T********")
+    return overlap
+
+
+def _key(buildings: Buildings) -> Int64s:
+    """One number for each first pixel."""
+    return (buildings.key_row << 32) + buildings.key_col
