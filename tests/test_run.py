@@ -682,3 +682,16 @@ def test_every_chunk_of_the_store_is_in_the_ledger_with_its_checksum(mapped: Cit
             opened.read_chunk(array, row, col, entry["checksum"][array])
     found = [name for b in plan.blocks() for name in (ledger.entry("predict", f"{b[0]}_{b[1]}") or {})["checksum"]]
     assert sorted(found) == sorted(f"{r}_{c}" for r, c in plan.chunks())
+
+
+def test_right_angles_are_the_same_for_any_cut_and_no_outline_overlaps(city: City) -> None:
+    map_it(city.config, "vectorize.regularize=orthogonal")
+    map_it(city.config, "vectorize.regularize=orthogonal", "grid.block_px=320", "grid.chunk_px=64", "output=other")
+    folder = city.folder
+    assert outputs(folder / "run") == outputs(folder / "other")
+    rows = pyogrio.read_dataframe(folder / "run" / "buildings.gpkg", layer="buildings")
+    assert (rows["outline"] == "orthogonal").sum() > 5
+    shapes = rows.geometry.to_numpy()
+    one, other = shapely.STRtree(shapes).query(shapes, predicate="intersects")
+    pairs = one < other
+    assert not shapely.relate_pattern(shapes[one[pairs]], shapes[other[pairs]], "T********").any()
