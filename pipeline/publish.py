@@ -96,7 +96,7 @@ def publish_all(
     block_px = min(plan.block_px, ORDER_CELL_PX)
     write_cog(folder / "mask.tif", read_mask, plan.bounds, plan.lattice, resampling="mode", block_px=block_px)
     give_freed_memory_back()
-    rows = batches_in_order(site, homes, _imagery(plan, skipped, valid))
+    rows = batches_in_order(site, homes, _imagery(plan, valid))
     written = write_geopackage(geopackage, area.of(rows), plan.lattice.crs_wkt, about(plan))
     give_freed_memory_back()
     write_cog(
@@ -232,11 +232,10 @@ def _bounds_of(there_HW: NDArray[np.bool_], window: Window) -> Window | None:
     return Window.between(row + int(rows[0]), col + int(cols[0]), row + int(rows[-1]) + 1, col + int(cols[-1]) + 1)
 
 
-def _imagery(plan: Plan, skipped: Collection[int], valid: Window | None) -> Imagery:
-    """Where the tiles lie that could be read. What is valid in an area says nothing of where the imagery ends."""
-    tiles = [tile for index, tile in enumerate(plan.tiles) if index not in skipped]
-    names = [tile_name(tile.path) for tile in tiles]
-    return Imagery(names, [tile.cover for tile in tiles], valid if plan.area is None else None)
+def _imagery(plan: Plan, valid: Window | None) -> Imagery:
+    """Where the tiles lie; one that could not be read is nodata. Of an area, what is valid does not tell the whole."""
+    names, windows = [tile_name(tile.path) for tile in plan.tiles], [tile.cover for tile in plan.tiles]
+    return Imagery(names, windows, valid if plan.area is None else None)
 
 
 def batches_in_order(site: Site, homes: list[Block], imagery: Imagery) -> Iterator[pa.RecordBatch]:

@@ -96,9 +96,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, bundle: Path, in_process: ty
     return City(folder / "city.yaml", np.zeros((3, HEIGHT, WIDTH), np.uint8))
 
 
-def buildings(folder: Path) -> dict[str, tuple[Any, ...]]:
+def buildings(folder: Path) -> dict[str, Any]:
     frame = pyogrio.read_dataframe(folder / "buildings.gpkg", layer="buildings")
-    return {row[0]: row for row in frame.itertuples(index=False, name=None)}
+    return {row.building_id: row for row in frame.itertuples(index=False, name="Building")}
 
 
 def units(folder: Path, stage: str) -> set[tuple[int, int]]:
@@ -149,16 +149,16 @@ def test_a_district_is_a_part_of_the_whole_city_and_the_whole_city_goes_on_from_
 
     # Buildings: those that meet it, each equal to the whole city's, or marked as cut.
     found, expected = buildings(trial), buildings(folder / "run")
-    meet = {name for name, row in expected.items() if row[-1].intersects(in_crs(shape))}
+    meet = {name for name, row in expected.items() if row.geometry.intersects(in_crs(shape))}
     assert len(meet) >= 3
-    uncut = {name: row for name, row in found.items() if not row[-2]}
-    assert all(row[-1].intersects(in_crs(shape)) for row in found.values())
+    uncut = {name: row for name, row in found.items() if not row.cut}
+    assert all(row.geometry.intersects(in_crs(shape)) for row in found.values())
     assert uncut == {name: expected[name] for name in uncut}
     assert {*uncut} <= meet
     for name in meet - {*uncut}:
-        assert any(row[-1].intersects(expected[name][-1]) for row in found.values() if row[-2]), name
-    assert not any(row[-2] for row in expected.values())
-    assert {name: row[-2] for name, row in found.items()} == cut_by_pixels(folder / "run", wanted, every, {*found})
+        assert any(row.geometry.intersects(expected[name].geometry) for row in found.values() if row.cut), name
+    assert not any(row.cut for row in expected.values())
+    assert {name: row.cut for name, row in found.items()} == cut_by_pixels(folder / "run", wanted, every, {*found})
 
     # Rasters: the whole city's where it reaches, 255 elsewhere.
     frame = Window(*ORIGIN, HEIGHT, WIDTH)
@@ -217,20 +217,20 @@ def test_a_building_that_goes_on_into_what_is_not_predicted_is_marked_and_no_oth
         part = image[:, :, number * 192 : number * 192 + 192]
         write_tile(tmp_path / "tiles" / f"tile{number + 1}.tif", part, ORIGIN[0], ORIGIN[1] + number * 192)
     published = map_it(city.config, bounds(0, 0, 60, 192))
-    rows = sorted(buildings(tmp_path / "run").values(), key=lambda row: -row[-1].bounds[3])
-    assert [row[-2] for row in rows] == [True, False, False]
+    rows = sorted(buildings(tmp_path / "run").values(), key=lambda row: -row.geometry.bounds[3])
+    assert [row.cut for row in rows] == [True, False, False]
     edge = in_crs(shapely.Point(60 + HALO, 0)).x
-    assert rows[0][-1].bounds[2] > edge, "whole as far as the halo reaches"
+    assert rows[0].geometry.bounds[2] > edge, "whole as far as the halo reaches"
     assert published.buildings == 3
     map_it(city.config)
-    assert [row[-2] for row in buildings(tmp_path / "run").values()] == [False] * 4
+    assert [row.cut for row in buildings(tmp_path / "run").values()] == [False] * 4
 
 
 def test_at_the_rim_of_the_tiles_nothing_is_cut(make_city: MakeCity, tmp_path: Path) -> None:
     city = make_city(1, 1, tile_px=128, nodata=None, grid={"chunk_px": 64, "block_px": 64})
     write_tile(tmp_path / "tiles" / "tile1.tif", np.full((3, 128, 128), 230, np.uint8), *ORIGIN)
     map_it(city.config, bounds(-50, -50, 300, 300))
-    assert [row[-2] for row in buildings(tmp_path / "run").values()] == [False]
+    assert [row.cut for row in buildings(tmp_path / "run").values()] == [False]
     assert raster(tmp_path / "run" / "mask.tif").shape == (128, 128)
 
 
