@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,7 +109,7 @@ def _end(message: str, code: int, as_json: bool = False) -> NoReturn:
     if as_json:
         from .logs import json_line
 
-        line = json_line("error", line, event="end", exit_code=code)
+        line = json_line("error", line, time.time(), event="end", exit_code=code)
     click.echo(line, err=True)
     sys.exit(code)
 

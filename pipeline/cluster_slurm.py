@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -46,6 +48,8 @@ def slurm_cluster(
     options = {name: job_options(name, groups, kind, encryption, logs) for name in groups}
     for name in groups:
         _check_script(name, options[name])
+    if logs is not None:
+        logs.mkdir(parents=True, exist_ok=True)
     scheduler = {"protocol": "tcp://" if tls is None else "tls://", "interface": kind.interface, "security": encryption}
     try:
         cluster = SpecCluster(
@@ -79,7 +83,8 @@ def job_options(
     settings = dask.config.serialize(dask_settings(threads))
     # Told twice, the last is taken: with its cores all at work on one window, a worker needs few threads besides.
     extra = ["--resources", "GPU=1", "--nthreads", str(THREADS_PER_WORKER)] if predicts else []
-    quiet = [] if logs is not None else ["-o /dev/null", "-e /dev/null"]
+    told = [f'-{stream} "{logs}/segpipe-{name}-%J.{ending}"' for stream, ending in (("o", "out"), ("e", "err"))]
+    told = ["-o /dev/null", "-e /dev/null"] if logs is None else told
     return {
         "config_name": "slurm",
         "cores": group.cores,
@@ -89,12 +94,13 @@ def job_options(
         "queue": group.queue,
         "account": group.account,
         "job_name": f"segpipe-{name}",
-        "job_extra_directives": [*quiet, *group.directives],
+        "job_extra_directives": [*told, *group.directives],
         "job_script_prologue": [f"export DASK_INTERNAL_INHERIT_CONFIG={settings}", *group.prologue],
         "worker_extra_args": ["--no-dashboard", *extra],
+        # Written into a script of the shell as it is.
+        "python": dask.config.get("jobqueue.slurm.python") or shlex.quote(sys.executable),
         "protocol": None if encryption is None else "tls://",
         "security": encryption,
-        "log_directory": None if logs is None else str(logs),
     }
 
 

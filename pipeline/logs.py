@@ -21,13 +21,13 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One record as one line."""
-        return json_line(record.levelname, record.getMessage(), **getattr(record, "values", {}))
+        return json_line(record.levelname, record.getMessage(), record.created, **getattr(record, "values", {}))
 
 
-def json_line(level: str, message: str, event: str = "message", **values: object) -> str:
-    """One line of JSON."""
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return json.dumps({"time": now, "level": level.lower(), "event": event, "message": message, **values}, default=str)
+def json_line(level: str, message: str, at: float, event: str = "message", **values: object) -> str:
+    """One line of JSON. at: seconds since 1970."""
+    when = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
+    return json.dumps({"time": when, "level": level.lower(), "event": event, "message": message, **values}, default=str)
 
 
 def tell(message: str, level: int = logging.INFO, **values: Any) -> None:

@@ -17,7 +17,7 @@ from pyproj import CRS
 
 from segpipe.models.weights import load_bundle, save_bundle
 from segpipe.pipeline import plan as module
-from segpipe.pipeline.config import ClusterConfig, load_city
+from segpipe.pipeline.config import LocalConfig, load_city
 from segpipe.pipeline.describe import describe
 from segpipe.pipeline.place import place_tiles
 from segpipe.pipeline.plan import Plan, disk_bytes, make_plan, resolve_workers
@@ -204,7 +204,7 @@ def test_what_the_machine_has_free_decides_nothing(monkeypatch: pytest.MonkeyPat
     for available in (1, 2**40):
         memory = SimpleNamespace(total=2**35, available=available)
         monkeypatch.setattr(module.psutil, "virtual_memory", lambda memory=memory: memory)
-        found.append(resolve_workers(ClusterConfig()))
+        found.append(resolve_workers(LocalConfig()))
     assert found[0] == found[1]
 
 
@@ -221,13 +221,13 @@ def test_limits_of_a_container_and_of_the_processes_affinity_count(monkeypatch: 
 
 def test_on_a_machine_with_gpus_there_is_one_worker_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "torch_gpus", lambda: 4)
-    assert resolve_workers(ClusterConfig()).count == 4
-    assert resolve_workers(ClusterConfig(workers=2)).count == 2
+    assert resolve_workers(LocalConfig()).count == 4
+    assert resolve_workers(LocalConfig(workers=2)).count == 2
 
 
 @pytest.mark.parametrize(("text", "expected"), [("4 GiB", 2**32), ("4GB", 4 * 10**9), ("512 MiB", 2**29)])
 def test_memory_is_shared_by_the_workers(text: str, expected: int) -> None:
-    assert resolve_workers(ClusterConfig(workers=2, threads=1, memory=text)).memory_bytes == expected // 2
+    assert resolve_workers(LocalConfig(workers=2, threads=1, memory=text)).memory_bytes == expected // 2
 
 
 def test_a_disk_that_is_too_small_is_refused_with_both_numbers(city: City, monkeypatch: pytest.MonkeyPatch) -> None:
