@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 import time
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
