@@ -34,7 +34,9 @@ def written_beside(path: Path) -> Iterator[Path]:
 def write_error(path: Path, error: Exception) -> RunError:
     """The one line for a file that cannot be written, with the space that is left."""
     free_mb = shutil.disk_usage(path.parent).free / 1e6 if path.parent.is_dir() else 0
-    return RunError(f"{path}: cannot be written ({error}); {free_mb:,.0f} MB are free in this folder")
+    # What libraries say of a full disk is not always that.
+    room = "its disk is full" if free_mb < 1 else f"{free_mb:,.0f} MB are free in this folder"
+    return RunError(f"{path}: cannot be written ({error}); {room}")
 
 
 def remove_with_siblings(path: Path) -> None:

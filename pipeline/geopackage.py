@@ -101,8 +101,9 @@ def _whole_or_gone(path: Path) -> Iterator[None]:
     try:
         yield
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, sqlite3.Error, OSError) as error:
+        told = write_error(path, error)
         remove_with_siblings(path)
-        raise write_error(path, error) from error
+        raise told from error
     except BaseException:
         remove_with_siblings(path)
         raise
