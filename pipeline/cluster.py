@@ -83,37 +83,35 @@ class Pool(Protocol):
         ...
 
 
-class Jobs(Protocol):
-    """Workers that come and go because a pool wants them. elastic: those with GPUs do so while a run goes on."""
+class Jobs:
+    """Workers that a pool asks for and gives back; here those that stand by themselves, or that somebody else starts.
 
-    elastic: bool
+    elastic: those with GPUs come and go while a run goes on.
+    """
+
+    elastic = False
 
     def begin(self) -> None:
         """Ask for workers that read and vectorize, where they are asked for."""
-        ...
 
     def end(self) -> None:
         """Nothing is left to be done by workers: give all back that were asked for."""
-        ...
 
     def want_gpus(self) -> None:
         """Something is to be predicted: ask for workers with GPUs, where they are asked for."""
-        ...
 
     def spare_gpus(self) -> None:
         """Nothing is left to be predicted."""
-        ...
 
     def sample(self) -> None:
-        """Ask for one worker of each kind."""
-        ...
+        """Ask for one worker of each kind, where they are asked for."""
 
     def upkeep(self, workers: Mapping[str, Mapping[str, Any]]) -> int:
         """Replace what was lost; how many worker threads are still to come. RunError if that is hopeless.
 
         workers: by address, as the scheduler tells of them.
         """
-        ...
+        return 0
 
 
 @dataclass(frozen=True)
@@ -128,31 +126,6 @@ class Cluster:
     crew: Crew
     unfit: frozenset[str] = frozenset()
     count_gpus: bool = False
-
-
-class Standing:
-    """Workers that are there, or that somebody else starts."""
-
-    elastic = False
-
-    def begin(self) -> None:
-        """They are there or they are not."""
-
-    def end(self) -> None:
-        """They stay."""
-
-    def want_gpus(self) -> None:
-        """They are there or they are not."""
-
-    def spare_gpus(self) -> None:
-        """They stay."""
-
-    def sample(self) -> None:
-        """They are there or they are not."""
-
-    def upkeep(self, workers: Mapping[str, Mapping[str, Any]]) -> int:
-        """Nobody is known to come."""
-        return 0
 
 
 class InProcess:

@@ -16,7 +16,7 @@ from typing import Any
 from segpipe.tasks.errors import UserError
 
 from .allocator import WORKER_ENVIRONMENT
-from .cluster import Cluster, Pool, Standing
+from .cluster import Cluster, Jobs, Pool
 from .cluster_check import Facts, Tls, address_in, check_address, choose_crew, facts_here, own_versions, tls_context
 from .cluster_local import close_soon, local_pool
 from .cluster_pool import OWN_FAILURES, Distributed
@@ -123,7 +123,7 @@ def _running(closing: ExitStack, config: CityConfig, kind: SchedulerConfig, tls:
     _check_scheduler(client, f"{named}: {address}")
     facts = wait_for_facts(client, f"{named}: {address}", WORKER_TIMEOUT_S)
     crew, unfit = choose_crew(f"{named}: {address}", facts)
-    return Cluster(client, Standing(), crew, unfit, crew.device.startswith("cuda"))
+    return Cluster(client, Jobs(), crew, unfit, crew.device.startswith("cuda"))
 
 
 def _check_scheduler(client: Any, named: str) -> None:
@@ -184,4 +184,4 @@ def _of_class(closing: ExitStack, kind: ClassConfig, tls: Tls | None) -> Cluster
     client = connect(closing, f"cluster.class: {kind.class_}", cluster, tls)
     facts = wait_for_facts(client, f"cluster.class: {kind.class_}", kind.wait_s)
     crew, unfit = choose_crew(f"cluster.class: {kind.class_}", facts)
-    return Cluster(client, Standing(), crew, unfit, crew.device.startswith("cuda"))
+    return Cluster(client, Jobs(), crew, unfit, crew.device.startswith("cuda"))

@@ -14,7 +14,7 @@ from typing import Any
 
 from segpipe.tasks.errors import RunError, UserError, WorkerError
 
-from .cluster import GpuUse, Jobs, Outcome, Standing, Task
+from .cluster import GpuUse, Jobs, Outcome, Task
 from .cluster_check import own_versions
 from .cluster_worker import WORKER_TIMEOUT_S, plugin_name, refusal, site_plugin, work
 from .logs import tell
@@ -63,7 +63,7 @@ class Distributed:
         from distributed import as_completed
 
         self._client, self._run_plan = client, plan
-        self._jobs: Jobs = jobs if jobs is not None else Standing()
+        self._jobs = jobs if jobs is not None else Jobs()
         self.dashboard = client.dashboard_link if _has_dashboard(client) else ""
         self._done = as_completed(loop=client.loop, with_results=False, raise_errors=False)
         self._sent: dict[Any, _Sent] = {}

@@ -19,7 +19,7 @@ from typing import Any
 from segpipe.models.predictor import device_recipe, resolve_device
 from segpipe.tasks.errors import RunError, UserError
 
-from .cluster import Cluster
+from .cluster import Cluster, Jobs
 from .cluster_check import ANSWER_S, Tls, facts_here
 from .cluster_kinds import connect, dask_settings, security
 from .cluster_local import THREADS_PER_WORKER, close_soon
@@ -158,7 +158,7 @@ def _first_facts(client: Any, jobs: SlurmJobs) -> Any:
         time.sleep(0.2)
 
 
-class SlurmJobs:
+class SlurmJobs(Jobs):
     """The jobs of a run: asked for when there is work for them, replaced when they are lost, cancelled in the end."""
 
     elastic = True

@@ -145,7 +145,9 @@ def test_the_page_shows_skipped_tiles_the_config_versions_and_every_building(pag
     text = page.read_text(encoding="utf-8")
     assert text.count('class="tile skipped"') == 1
     assert text.count('class="tile copied"') == 3
-    facts = json.loads(re.search(r'id="facts">(.*?)</script>', text)[1])  # type: ignore[index]
+    script = re.search(r'id="facts">(.*?)</script>', text)
+    assert script is not None
+    facts = json.loads(script[1])
     manifest = json.loads((page.parent / "manifest.json").read_text())
     assert len(facts) == manifest["counts"]["buildings"]
     assert "chunk_px: 128" in text
@@ -220,8 +222,7 @@ def test_a_timeline_holds_every_task_in_its_lane_however_many_there_are() -> Non
             spans.append(Span(str(worker), "read" if rng.random() < 0.3 else "predict", clock, clock + seconds))
             clock += seconds
     spans.append(Span("driver", "publish", clock, clock + 60))
-    rng.shuffle(spans)  # type: ignore[arg-type]
-    timeline = timeline_chart(spans)
+    timeline = timeline_chart([spans[index] for index in rng.permutation(len(spans))])
     assert [worker for worker, _ in timeline.lanes] == ["0", "1", "2", "driver"]
     first, last = min(span.begun for span in spans), max(span.ended for span in spans)
     assert timeline.seconds == pytest.approx(last - first)
