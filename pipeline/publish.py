@@ -134,6 +134,9 @@ def publish_all(
             f"{oversized} buildings reach further than a block: memory was set by them, not by the block alone"
         )
         listener.say(notes[-1])
+    if again := _predicted_again(site):
+        notes.append(f"blocks predicted twice: {again}; workers that were held for lost had finished them")
+        listener.say(notes[-1])
     seconds = time.perf_counter() - start
     listener.done(Receipt("publish", plan.name, plan.bounds.pixels, placed.stat().st_size, seconds, {}))
     return Published(
@@ -194,6 +197,12 @@ def write_changes(
 
 def _joined_at(site: Site, home: Block) -> dict[str, Any]:
     return site.ledger.entry("join", cell_unit(*home)) or {}
+
+
+def _predicted_again(site: Site) -> int:
+    """How often a block was predicted that had been already, from the same inputs and with the same settings."""
+    entries = site.ledger.entries("predict", (cell_unit(*block) for block in site.plan.blocks()))
+    return sum(entry.get("times", 1) - 1 for entry in entries if entry is not None)
 
 
 class _Sum:

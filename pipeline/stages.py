@@ -322,13 +322,16 @@ def predict(site: Site, row: int, col: int, key: str) -> Receipt:
         begun = time.perf_counter()
         prob_HW, seen_px = predict_core(image_CHW, valid_HW, core, halo_px, stride, site.predict)
         seconds_network = time.perf_counter() - begun
+    # Another worker may have done it in the meantime: one that was held for lost.
+    earlier = site.ledger.done("predict", unit, key)
     site.begin("predict", unit)
     sums = {}
     for chunk in plan.chunks_in(core):
         part = prob_HW[Window.cell(*chunk, plan.chunk_px).within(core)]
         sums[cell_unit(*chunk)] = site.store.write_chunk("probability", *chunk, part)
     valid_px = int(np.count_nonzero(prob_HW != INVALID))
-    site.ledger.record("predict", unit, key, checksum=sums, valid_px=valid_px)
+    times = 1 if earlier is None else earlier.get("times", 1) + 1
+    site.ledger.record("predict", unit, key, checksum=sums, valid_px=valid_px, times=times)
     values = {"valid_px": valid_px, "seen_px": seen_px, "seconds_network": seconds_network}
     return Receipt("predict", unit, valid_px, len(sums) * plan.chunk_px**2, time.perf_counter() - start, values)
 

@@ -684,6 +684,16 @@ def test_every_chunk_of_the_store_is_in_the_ledger_with_its_checksum(mapped: Cit
     assert sorted(found) == sorted(f"{r}_{c}" for r, c in plan.chunks())
 
 
+def test_a_block_that_a_worker_held_for_lost_had_finished_is_counted(mapped: City) -> None:
+    plan = make_plan(load_city(mapped.config))
+    row, col = next(iter(plan.blocks()))
+    entry = Ledger(mapped.folder / "run").entry("predict", f"{row}_{col}")
+    assert entry is not None
+    stages.predict(stages.Site(plan), row, col, entry["key"])
+    (mapped.folder / "run" / "mask.tif").unlink()
+    assert [note for note in map_it(mapped.config).notes if note.startswith("blocks predicted twice: 1;")]
+
+
 def test_right_angles_are_the_same_for_any_cut_and_no_outline_overlaps(city: City) -> None:
     map_it(city.config, "vectorize.regularize=orthogonal")
     map_it(city.config, "vectorize.regularize=orthogonal", "grid.block_px=320", "grid.chunk_px=64", "output=other")
