@@ -19,6 +19,9 @@ from .grid import Lattice
 from .outlines import Geometries, Int64s
 from .vectorize import FORMS, Buildings, to_crs
 
+PAIRS_AT_ONCE = 256
+"""Pairs whose outlines are held in coordinates of the CRS at a time."""
+
 
 def keep_apart(buildings: Buildings, around: Iterable[Buildings], lattice: Lattice) -> Buildings:
     """Buildings as they are to be published, among themselves and between those around them.
@@ -64,9 +67,10 @@ def _in_the_way(buildings: Buildings, others: Buildings, lattice: Lattice) -> ND
 
 def _overlap(one: Geometries, other: Geometries, lattice: Lattice) -> NDArray[np.bool_]:
     """Whether the insides of polygons meet, pair by pair."""
-    if not len(one):
-        return np.zeros(0, np.bool_)
-    overlap: NDArray[np.bool_] = shapely.relate_pattern(to_crs(one, lattice), to_crs(other, lattice), "T********")
+    overlap = np.zeros(len(one), np.bool_)
+    for first in range(0, len(one), PAIRS_AT_ONCE):
+        some = slice(first, first + PAIRS_AT_ONCE)
+        overlap[some] = shapely.relate_pattern(to_crs(one[some], lattice), to_crs(other[some], lattice), "T********")
     return overlap
 
 
