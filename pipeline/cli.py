@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -217,7 +217,7 @@ def train(train: Path, overrides: tuple[str, ...], debug: bool) -> None:
 
 
 @main.command()
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=FOLDER)
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option(
     "--truth",
     "truths",
@@ -228,41 +228,58 @@ def train(train: Path, overrides: tuple[str, ...], debug: bool) -> None:
 )
 @click.option("--group", metavar="PATTERN", help="Pool images too by what a regular expression finds in their names.")
 @click.option("--truth-id", metavar="COLUMN", help="The column of the truth's own ids.")
-@click.option("--output", type=FOLDER, help="The folder to write to; without it RUN/evaluation, of several evaluation.")
+@click.option(
+    "--output",
+    type=FOLDER,
+    help="The folder to write to; without it RUN/evaluation, of several or in a bucket evaluation.",
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def evaluate(
-    runs: tuple[Path, ...],
+    runs: tuple[str, ...],
     truths: tuple[Path, ...],
     group: str | None,
     truth_id: str | None,
     output: Path | None,
     debug: bool,
 ) -> None:
-    """Compare each RUN with the truth, by pixels and by buildings: tables, a layer for QGIS, the worst places."""
+    """Compare each RUN with the truth, by pixels and by buildings: tables, a layer for QGIS, the worst places.
+
+    A RUN is a run folder, its s3:// URL, or the city.yaml of it.
+    """
     with _told(debug):
         from .allocator import spare_memory
 
         spare_memory()
         from .evaluate import evaluate_to
+        from .run_folder import brought, folder_of
+        from .storage import LocalFolder
 
-        folder = output or (runs[0] / "evaluation" if len(runs) == 1 else Path("evaluation"))
-        for name, value in evaluate_to(folder, runs, truths, group, truth_id):
-            click.echo(f"{name:>20}  {value}")
+        own = folder_of(runs[0])
+        alone = own.path / "evaluation" if len(runs) == 1 and isinstance(own, LocalFolder) else Path("evaluation")
+        with ExitStack() as stack:
+            folders = [stack.enter_context(brought(run)) for run in runs]
+            for name, value in evaluate_to(output or alone, folders, truths, group, truth_id):
+                click.echo(f"{name:>20}  {value}")
 
 
 @main.command()
-@click.argument("run", type=FOLDER)
+@click.argument("run", metavar="RUN")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def verify(run: Path, debug: bool) -> None:
-    """Prove the outputs of a RUN from themselves and its manifest; exit code 1 with the first difference."""
+def verify(run: str, debug: bool) -> None:
+    """Prove the outputs of a RUN from themselves and its manifest; exit code 1 with the first difference.
+
+    A RUN is a run folder, its s3:// URL, or the city.yaml of it.
+    """
     with _told(debug):
         from .allocator import spare_memory
 
         spare_memory()
+        from .run_folder import brought
         from .verify import verify_run
 
-        for name, text in verify_run(run):
-            click.echo(f"{name:>10}  {text}")
+        with brought(run) as folder:
+            for name, text in verify_run(folder):
+                click.echo(f"{name:>10}  {text}")
 
 
 @main.command()

@@ -32,7 +32,7 @@ from segpipe.tasks.evaluate import (
     histogram,
     row_of_codes,
 )
-from segpipe.tasks.files import tile_name
+from segpipe.tasks.files import is_remote, tile_name
 from segpipe.tasks.grid import Window, ground_pixel_m
 from segpipe.tasks.outlines import Geometries
 from segpipe.tasks.predict import INVALID
@@ -153,7 +153,15 @@ def read_run(folder: Path, group: str | None = None) -> Run:
     candidates = [folder / name for name in (published, "buildings.gpkg") if name is not None]
     geopackage = next((path for path in candidates if path.is_file()), None)
     if manifest is None:
-        return Run(folder, folder.name, (0, 0), None, (Picture("mask", extent, _group("mask", pattern)),), geopackage)
+        return Run(
+            folder,
+            str(folder),
+            folder.name,
+            (0, 0),
+            None,
+            (Picture("mask", extent, _group("mask", pattern)),),
+            geopackage,
+        )
     bounds = Window(**manifest["bounds"])
     pictures = []
     for tile in manifest["tiles"]:
@@ -163,7 +171,9 @@ def read_run(folder: Path, group: str | None = None) -> Run:
             shifted = Window(window.row_off - bounds.row_off, window.col_off - bounds.col_off, *window.shape_yx)
             pictures.append(Picture(name, shifted, _group(name, pattern)))
     block_px = int(manifest["recipe"]["block_px"])
-    return Run(folder, manifest["name"], (bounds.row_off, bounds.col_off), block_px, tuple(pictures), geopackage)
+    output = manifest["config"]["output"]
+    place = output if is_remote(output) else str(folder)
+    return Run(folder, place, manifest["name"], (bounds.row_off, bounds.col_off), block_px, tuple(pictures), geopackage)
 
 
 def _group(name: str, pattern: re.Pattern[str] | None) -> str | None:

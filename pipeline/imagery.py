@@ -39,7 +39,9 @@ def open_imagery(folder: Path) -> Callable[[Window], NDArray[np.uint8]]:
     from .run import read_settled
 
     try:
-        plan = make_plan(load_city(folder / "city.yaml"), stored=read_settled(folder))
+        config = load_city(folder / "city.yaml")
+        config.find_buckets()
+        plan = make_plan(config, stored=read_settled(config.folder))
     except (SegpipeError, OSError) as error:
         raise UserError(f"its imagery cannot be read: {error}") from error
     site = Site(plan)

@@ -139,7 +139,7 @@ def markdown(evaluation: Evaluation) -> str:
     rows = list(evaluation.rows)
     names = ", ".join(city.run.name for city in evaluation.cities)
     lines = [f"# Evaluation of {names}", ""]
-    lines += _table(("run", "truth"), [(str(city.run.folder), str(city.truth)) for city in evaluation.cities])
+    lines += _table(("run", "truth"), [(city.run.place, str(city.truth)) for city in evaluation.cities])
     titles = {
         ("pooled", "mean over images"): "Scores",
         ("group",): "By group",
@@ -214,7 +214,7 @@ def as_json(evaluation: Evaluation) -> str:
     values = {
         "runs": [
             {
-                "run": str(city.run.folder),
+                "run": city.run.place,
                 "name": city.run.name,
                 "truth": str(city.truth),
                 "pixels_invalid": city.hidden_px,

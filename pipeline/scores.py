@@ -31,9 +31,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. offset: row and column of the raster's first pixel on the lattice; block_px: None if unknown."""
+    """A finished run.
+
+    folder: with its files; place: what a person is told of where it lies, the URL of one in a bucket; offset: row and
+    column of the raster's first pixel on the lattice; block_px: None if unknown.
+    """
 
     folder: Path
+    place: str
     name: str
     offset: tuple[int, int]
     block_px: int | None

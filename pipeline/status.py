@@ -10,17 +10,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segpipe.tasks.bucket import BucketFolder
 from segpipe.tasks.errors import StorageError, UserError
 
-from .config import load_city
 from .ledger import as_json
 from .lock import BEAT_S, holder_of, is_alive
 from .manifest import read_manifest
-from .storage import Folder, folder_at
+from .run_folder import folder_of
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -102,7 +100,7 @@ def status_of(run: str) -> list[tuple[str, str]]:
 
     UserError where no run has left a trace.
     """
-    folder = _folder_of(run)
+    folder = folder_of(run)
     folder.check("RUN")
     data, holder, manifest = folder.read(PROGRESS), holder_of(folder), read_manifest(folder)
     progress: dict[str, Any] = json.loads(data) if data else {}
@@ -123,14 +121,6 @@ def status_of(run: str) -> list[tuple[str, str]]:
             ("published", f"{manifest['finished']}: {counts['buildings']} buildings on {counts['tiles']} tiles")
         )
     return rows
-
-
-def _folder_of(run: str) -> Folder:
-    if run.endswith((".yaml", ".yml")) and Path(run).is_file():
-        config = load_city(Path(run))
-        config.find_buckets()
-        return config.folder
-    return folder_at(run)
 
 
 def _stage_row(stage: str, it: dict[str, Any]) -> tuple[str, str]:

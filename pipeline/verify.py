@@ -30,6 +30,7 @@ from rasterio.windows import Window as RasterWindow
 from segpipe.models.weights import file_digest
 from segpipe.tasks.errors import RunError, UserError
 from segpipe.tasks.evaluate import near
+from segpipe.tasks.files import is_remote
 from segpipe.tasks.grid import Lattice, Window
 from segpipe.tasks.outlines import Geometries
 from segpipe.tasks.predict import INVALID
@@ -43,6 +44,7 @@ from .rasters import GDAL_CACHE_BYTES
 from .regions import regions
 from .rows import BATCH_ROWS
 from .stages import cell_unit
+from .storage import Folder, folder_at
 from .store import Store
 
 CELL_PX = 2048
@@ -56,6 +58,12 @@ class Claims:
 
     folder: Path
     manifest: dict[str, Any]
+
+    @property
+    def kept(self) -> Folder:
+        """Where store and ledger are: beside the outputs, unless these are copies of what is in a bucket."""
+        output = self.manifest["config"]["output"]
+        return folder_at(output if is_remote(output) else self.folder)
 
     @property
     def lattice(self) -> Lattice:
@@ -191,7 +199,7 @@ def check_store(claims: Claims) -> str:
     keep = claims.manifest["config"]["store"]["keep"]
     if keep == "none":
         return "not kept"
-    ledger, store, bounds = Ledger(claims.folder), Store(claims.folder), claims.bounds
+    ledger, store, bounds = Ledger(claims.kept), Store(claims.kept), claims.bounds
     chunk_px, block_px = claims.manifest["chunk_px"], claims.manifest["recipe"]["block_px"]
     tiles = [Window(**tile["window"]) for tile in claims.manifest["tiles"]]
     tree = shapely.STRtree([_box(tile) for tile in tiles])

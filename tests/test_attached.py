@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,9 @@ from segpipe.pipeline.config import load_city
 from segpipe.pipeline.run import check_cluster
 from segpipe.pipeline.storage import folder_at
 from segpipe.tasks.errors import RunError, UserError
+
+MOMENTS = sorted(random.sample(range(2, 17), 3))
+"""After how many tasks something is killed: others every time."""
 
 
 @pytest.fixture(scope="module")
@@ -183,28 +187,35 @@ def test_workers_of_another_device_are_left_out_and_told_of() -> None:
 # What dies while it works
 
 
+def assert_as_undisturbed(city: City, name: str) -> None:
+    """The outputs are those of the twin, and no task is in the records twice, nor a block in the ledger."""
+    folder = city.folder / name
+    assert outputs(folder) == outputs(city.folder / "twin")
+    twice = sum(count - 1 for count in tasks_done(folder).values())
+    assert not twice, f"{twice} tasks were done twice"
+    entries = [json.loads(path.read_text()) for path in (folder / "ledger" / "predict").iterdir()]
+    assert {entry["times"] for entry in entries} == {1}
+
+
+@pytest.mark.parametrize("count", MOMENTS)
 def test_a_scheduler_that_dies_ends_the_run_in_one_line_and_the_next_one_goes_on(
-    city: City, hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+    city: City, hosts: Hosts, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     scheduler = hosts.scheduler()
     hosts.worker("one")
     file = on(city, hosts)
     with monkeypatch.context() as patch:
-        when_done(patch, 12, lambda pool: scheduler.kill())
+        when_done(patch, count, lambda pool: scheduler.kill())
         with pytest.raises(RunError, match=r"^the Dask scheduler was lost; what is done is kept; run the same command"):
-            map_it(file, "output=orphan")
-    folder = city.folder / "orphan"
-    before = tasks_done(folder)
-    assert before
+            map_it(file, f"output=orphan{count}")
+    assert tasks_done(city.folder / f"orphan{count}")
     hosts.scheduler()
     hosts.worker("another")
-    map_it(on(city, hosts), "output=orphan")
-    assert outputs(folder) == outputs(city.folder / "twin")
-    twice = sum(count - 1 for count in tasks_done(folder).values())
-    assert not twice, f"{twice} tasks were done twice"
+    map_it(on(city, hosts), f"output=orphan{count}")
+    assert_as_undisturbed(city, f"orphan{count}")
 
 
-@pytest.mark.parametrize("count", [2, 10, 16])
+@pytest.mark.parametrize("count", MOMENTS)
 @pytest.mark.parametrize("victim", ["worker", "nanny"])
 def test_a_killed_worker_or_nanny_costs_what_it_was_doing(
     city: City, hosts: Hosts, monkeypatch: pytest.MonkeyPatch, victim: str, count: int
@@ -226,12 +237,10 @@ def test_a_killed_worker_or_nanny_costs_what_it_was_doing(
     name = f"{victim} killed {count}"
     map_it(on(city, hosts), f"output={name}")
     assert killed
-    assert outputs(city.folder / name) == outputs(city.folder / "twin")
-    twice = sum(it - 1 for it in tasks_done(city.folder / name).values())
-    assert not twice, f"{twice} tasks were done twice"
+    assert_as_undisturbed(city, name)
 
 
-def test_a_killed_driver_leaves_workers_that_the_next_one_finds(city: City, hosts: Hosts) -> None:
+def test_a_driver_killed_again_and_again_leaves_workers_that_the_next_one_finds(city: City, hosts: Hosts) -> None:
     hosts.scheduler()
     hosts.worker("one")
     file, folder = on(city, hosts), city.folder / "driverless"
@@ -241,14 +250,14 @@ def test_a_killed_driver_leaves_workers_that_the_next_one_finds(city: City, host
         records = folder / "tasks.jsonl"
         return records.read_text().count("\n") if records.exists() else 0
 
-    for number in (3, 14):
+    for number in MOMENTS:
         driver = hosts.start("driver", command)
         while driver.poll() is None and done() < number:
             time.sleep(0.05)
         driver.kill()
         driver.wait()
     map_it(file, "output=driverless")
-    assert outputs(folder) == outputs(city.folder / "twin")
+    assert_as_undisturbed(city, "driverless")
 
 
 def test_a_block_that_kills_workers_is_set_aside_also_where_the_scheduler_would_try_it_again(

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
@@ -21,6 +23,8 @@ import yaml
 from buckets import BUCKET, KEY, SECRET, Buckets, OwnServer, serving_buckets, set_environment
 from click.testing import CliRunner
 from conftest import City, FakePredictor, map_it, outputs, write_tile
+from deeds import DEED, DIARY, fragile_city
+from hosts import DRIVER, Hosts, wait_until
 from rich.console import Console
 
 from segpipe.pipeline import lock as lock_module
@@ -257,6 +261,31 @@ def test_fresh_starts_over_and_ends_the_same(make_city: MakeCity, buckets: Bucke
 
 
 @pytest.mark.usefixtures("in_process")
+def test_a_run_in_a_bucket_is_verified_and_evaluated_by_its_yaml(
+    make_city: MakeCity, buckets: Buckets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    city = make_city(1, 2, **SMALL)
+    map_it(city.config)
+    truth = city.folder / "run" / "mask.tif"
+    config = in_bucket(city, buckets)
+    map_it(config)
+    monkeypatch.chdir(tmp_path)
+    verified = CliRunner().invoke(main, ["verify", str(config)])
+    assert verified.exit_code == 0, verified.output
+    assert "every valid pixel predicted once" in verified.output
+    evaluated = CliRunner().invoke(main, ["evaluate", str(config), "--truth", str(truth)])
+    assert evaluated.exit_code == 0, evaluated.output
+    assert "no pictures" not in evaluated.output
+    (run,) = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["runs"]
+    assert run["run"] == RUN
+    data = buckets.objects("runs/tiny/probability.qml")[""]
+    buckets.client.put_object(Bucket=BUCKET, Key="runs/tiny/probability.qml", Body=data + b" ")
+    damaged = CliRunner().invoke(main, ["verify", str(config)])
+    assert damaged.exit_code == 1
+    assert damaged.stderr.startswith(f"segpipe: {RUN}: digest of probability.qml: found ")
+
+
+@pytest.mark.usefixtures("in_process")
 def test_footprints_that_somebody_has_changed_are_left_alone_and_old_masks_go(
     make_city: MakeCity, buckets: Buckets
 ) -> None:
@@ -420,6 +449,36 @@ def test_after_a_server_was_silent_the_same_command_goes_on(
     done = records(own_server.buckets)
     twice = len(done) - len(set(done))
     assert twice <= 1
+
+
+def test_a_server_that_stands_still_for_90_s_ends_the_run_and_nothing_is_done_twice(
+    own_server: OwnServer, tmp_path: Path
+) -> None:
+    city = fragile_city(tmp_path)
+    hosts = Hosts(tmp_path, environment={DEED: "slow", DIARY: os.devnull})
+    command = ["-c", DRIVER, "run", str(in_bucket(city, own_server.buckets))]
+
+    def predicted() -> list[dict[str, Any]]:
+        return [json.loads(it) for it in own_server.buckets.objects("runs/tiny/ledger/predict/").values()]
+
+    try:
+        driver = hosts.start("driver", command)
+        moment = random.randint(1, 6)
+        wait_until(lambda: driver.poll() is not None or len(predicted()) >= moment, "nothing is predicted")
+        own_server.pause()
+        stopped = time.monotonic()
+        assert driver.wait() == 1
+        *_, told = (tmp_path / "driver.txt").read_text().splitlines()
+        assert told.startswith("segpipe: ")
+        assert "does not answer" in told
+        assert own_server.buckets.endpoint in told
+        time.sleep(max(0.0, 90 - (time.monotonic() - stopped)))
+        own_server.go_on()
+        assert hosts.start("driver", command).wait() == 0, (tmp_path / "driver.txt").read_text()
+    finally:
+        hosts.end()
+    assert outputs(download(own_server.buckets, tmp_path / "found")) == outputs(city.folder / "twin")
+    assert {entry["times"] for entry in predicted()} == {1}
 
 
 @pytest.mark.usefixtures("in_process", "hasty")
