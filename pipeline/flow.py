@@ -261,9 +261,8 @@ def run_joins(plan: Plan, pool: Pool, listener: Listener) -> list[Block]:
     """Unite the buildings that seams have cut; returns the blocks that are home of one. RunError if one fails."""
     site = Site(plan)
     blocks = list(plan.blocks())
-    joins = plan_joins(
-        [plan.core(*block) for block in blocks], lambda n: sides_from_bytes(stages.read_fragment(site, *blocks[n]))
-    )
+    fragments = site.folder.each(lambda block: stages.read_fragment(site, *block), blocks)
+    joins = plan_joins([plan.core(*block) for block in blocks], lambda _: sides_from_bytes(next(fragments)))
     homes = np.unique(joins.home).tolist()
     listener.expect("join", len(homes))
     failures: list[tuple[str, BaseException]] = []

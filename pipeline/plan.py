@@ -684,23 +684,26 @@ def _resolve_recipe(
 
 
 def _check_disk(folder: Folder, tiles: Sequence[Tile], bands: int, seen: Window) -> None:
-    if isinstance(folder, BucketFolder):
-        return
-    needed, output = disk_bytes(tiles, bands, seen), folder.path
-    nearest = next(p for p in (output, *output.parents) if p.exists())
+    path = desk_of(folder)
+    nearest = next(p for p in (path, *path.parents) if p.exists())
     have = shutil.disk_usage(nearest).free
-    kept = sum(p.stat().st_size for p in (output / "store.zarr").rglob("*") if p.is_file())
+    if isinstance(folder, BucketFolder):
+        needed, kept = disk_bytes(tiles, 0, seen), 0
+        what, cure = "the files of this city before they are uploaded", "set TMPDIR to a folder of a larger disk"
+    else:
+        needed, what, cure = disk_bytes(tiles, bands, seen), "this city", "another `output:`"
+        kept = sum(p.stat().st_size for p in (path / "store.zarr").rglob("*") if p.is_file())
     if needed > have + kept:
         raise UserError(
-            f"output: {have / 2**30:.2f} GiB free at {nearest}; expected {needed / 2**30:.2f} GiB for this city;"
-            " cure: another `output:`"
+            f"output: {have / 2**30:.2f} GiB free at {nearest}; expected {needed / 2**30:.2f} GiB for {what};"
+            f" cure: {cure}"
         )
 
 
 def disk_bytes(tiles: Sequence[Tile], bands: int, seen: Window) -> int:
     """An upper estimate of what a run folder takes: image, valid, probability, and the two rasters with overviews.
 
-    seen: the window in which chunks lie.
+    seen: the window in which chunks lie. bands: of the image; 0 leaves it out.
     """
     return int(sum(tile.cover.intersect(seen).pixels for tile in tiles) * (bands + 0.6)) + 16 * 2**20
 

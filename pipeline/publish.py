@@ -259,29 +259,30 @@ def batches_in_order(site: Site, homes: list[Block], imagery: Imagery) -> Iterat
     cache: OrderedDict[Block, Buildings] = OrderedDict()
     blocks_per_cell = (-(-ORDER_CELL_PX // plan.block_px) + 1) ** 2
 
-    def of_block(block: Block) -> Buildings:
-        if block not in cache:
-            parts = [finished_from_bytes(read_fragment(site, *block))]
-            if block in home_set:
-                parts.append(read_joined(site, *block))
-            cache[block] = Buildings.concatenate(parts)
-            if len(cache) > blocks_per_cell:
+    def read(block: Block) -> Buildings:
+        parts = [finished_from_bytes(read_fragment(site, *block))]
+        if block in home_set:
+            parts.append(read_joined(site, *block))
+        return Buildings.concatenate(parts)
+
+    def of_blocks(blocks: list[Block]) -> Iterator[Buildings]:
+        """Their buildings, block by block; a bucket is asked for several at once."""
+        kept = {block: cache.pop(block) for block in blocks if block in cache}
+        coming = site.folder.each(read, [block for block in blocks if block not in kept])
+        for block in blocks:
+            cache[block] = kept.pop(block) if block in kept else next(coming)
+            yield cache[block]
+            if len(cache) + len(kept) > blocks_per_cell:
                 cache.popitem(last=False)
-        cache.move_to_end(block)
-        return cache[block]
 
     held: list[pa.RecordBatch] = []
     rows = 0
     for cell in plan.layout.grid.cells(ORDER_CELL_PX):
         window = Window.cell(*cell, ORDER_CELL_PX)
-        parts = [
-            _first_pixel_in(of_block(block), window)
-            for block in window.intersect(plan.layout.grid).cells(plan.block_px)
-            if plan.is_predicted(block)
-        ]
-        found = Buildings.concatenate(parts)
+        under = [block for block in window.intersect(plan.layout.grid).cells(plan.block_px) if plan.is_predicted(block)]
+        found = Buildings.concatenate([_first_pixel_in(part, window) for part in of_blocks(under)])
         if plan.vector.simplify_m or plan.vector.regularize != "none":
-            near = (_first_pixel_in(of_block(block), window, False) for block in neighbours.blocks(found))
+            near = (_first_pixel_in(part, window, False) for part in of_blocks(neighbours.blocks(found)))
             found = keep_apart(found, near, plan.lattice)
         if plan.area is not None:
             found = found.take(plan.area.meets(found.geometry))

@@ -36,6 +36,7 @@ from segpipe.tasks.seams import join as unite_pieces
 from segpipe.tasks.validity import scan_tile
 from segpipe.tasks.vectorize import UNKNOWN, Buildings, Components, finish, vectorize_block
 
+from .allocator import give_freed_memory_back
 from .ledger import Ledger
 from .lock import lock_token
 from .plan import Plan, copied_bundle, key_of
@@ -76,6 +77,7 @@ class Site:
         self._store: Store | None = None
         self._predictor: Predictor | None = None
         self._network = ThreadPoolExecutor(1, "network")
+        self._shape_yx: tuple[int, ...] = ()
 
     @property
     def store(self) -> Store:
@@ -98,7 +100,14 @@ class Site:
 
         Each thread that ran it would keep a heap of activations, and a pool of OpenMP threads, of its own.
         """
-        return self._network.submit(self.predictor.predict, image_CHW, valid_HW).result()
+        return self._network.submit(self._predict, image_CHW, valid_HW).result()
+
+    def _predict(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        if valid_HW.shape != self._shape_yx:
+            # Activations of another size fit no hole that the last ones have left: they would come on top of them.
+            give_freed_memory_back()
+            self._shape_yx = valid_HW.shape
+        return self.predictor.predict(image_CHW, valid_HW)
 
     def begin(self, stage: str, unit: str) -> None:
         """Before the first write of a unit: take its old entry back, for its data is about to be another's.

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import tempfile
 import threading
 import time
@@ -28,6 +29,7 @@ from hosts import DRIVER, Hosts, wait_until
 from rich.console import Console
 
 from segpipe.pipeline import lock as lock_module
+from segpipe.pipeline import plan as plan_module
 from segpipe.pipeline import run, stages
 from segpipe.pipeline.cli import main
 from segpipe.pipeline.config import load_city
@@ -258,6 +260,19 @@ def test_fresh_starts_over_and_ends_the_same(make_city: MakeCity, buckets: Bucke
     first = outputs(download(buckets, tmp_path / "first"))
     map_it(config, fresh=True)
     assert outputs(download(buckets, tmp_path / "second")) == first
+
+
+@pytest.mark.usefixtures("in_process")
+def test_too_little_room_for_what_is_to_be_uploaded_is_refused(
+    make_city: MakeCity, buckets: Buckets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_city(in_bucket(make_city(1, 1, **SMALL), buckets))
+    config.find_buckets()
+    make_plan(config)
+    usage = shutil.disk_usage(tempfile.gettempdir())._replace(free=3 * 2**20)
+    monkeypatch.setattr(plan_module.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"0\.00 GiB free .* cure: set TMPDIR"):
+        make_plan(config)
 
 
 @pytest.mark.usefixtures("in_process")
