@@ -325,7 +325,8 @@ def _check_region(claims: Claims, database: sqlite3.Connection, name: str, pixel
 def check_strip(claims: Claims) -> str:
     """A strip of the mask across a seam, drawn anew each time, polygonized by rasterio: the same footprints."""
     window = choose_strip(claims, np.random.default_rng())
-    what = f"rows {window.row_off} to {window.row_stop}, columns {window.col_off} to {window.col_stop}"
+    row, col = window.row_off - claims.bounds.row_off, window.col_off - claims.bounds.col_off
+    what = f"rows {row} to {row + window.height}, columns {col} to {col + window.width} of mask.tif"
     with rasterio.open(claims.folder / "mask.tif") as mask, rasterio.open(claims.folder / "probability.tif") as prob:
         mask_HW, prob_HW = _read(mask, claims, window), _read(prob, claims, window)
     is_mask_HW = mask_HW == 1
@@ -358,11 +359,11 @@ def check_strip(claims: Claims) -> str:
     names = building_ids(expected.key_row, expected.key_col)
     for name, outline, raw in zip(names, expected.geometry, expected.raw, strict=True):
         if name not in published:
-            raise RunError(f"{claims.geopackage}: no building {name}; expected one, {what} of the mask have it")
+            raise RunError(f"{claims.geopackage}: no building {name}; expected one of {what}")
         # Where a neighbour is in the way of the outline, it is the raw one.
         if not any(_is_alike(claims, published[name], one) for one in (outline, raw)):
             raise RunError(
-                f"{claims.geopackage}: building {name} has another outline; expected that of {what} of the mask"
+                f"{claims.geopackage}: building {name} has another outline; expected that of {what}"
             )
     return f"{len(expected):,} footprints polygonized anew from {what}"
 
