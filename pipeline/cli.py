@@ -364,7 +364,7 @@ def demo(directory: Path, seed: int, run_it: bool, debug: bool) -> None:
             return
         context = click.get_current_context()
         context.invoke(run, city=files.config, debug=debug)
-        context.invoke(evaluate, runs=(files.config.parent / "run",), truths=(files.truth,), debug=debug)
+        context.invoke(evaluate, runs=(str(files.config.parent / "run"),), truths=(files.truth,), debug=debug)
 
 
 @main.group()
