@@ -362,9 +362,7 @@ def check_strip(claims: Claims) -> str:
             raise RunError(f"{claims.geopackage}: no building {name}; expected one of {what}")
         # Where a neighbour is in the way of the outline, it is the raw one.
         if not any(_is_alike(claims, published[name], one) for one in (outline, raw)):
-            raise RunError(
-                f"{claims.geopackage}: building {name} has another outline; expected that of {what}"
-            )
+            raise RunError(f"{claims.geopackage}: building {name} has another outline; expected that of {what}")
     return f"{len(expected):,} footprints polygonized anew from {what}"
 
 

@@ -11,11 +11,13 @@ import rasterio
 import rasterio.features
 import shapely
 from affine import Affine
+from click.testing import CliRunner
 from numpy.typing import NDArray
 from rasterio.merge import merge
 from scipy import ndimage
 from sklearn.ensemble import RandomForestClassifier
 
+from segpipe.pipeline.cli import main
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.demo import DemoFiles, write_demo
 from segpipe.pipeline.draw import DrawnCity, draw_city
@@ -226,3 +228,10 @@ def test_a_directory_that_is_a_file_and_nonsense_sizes_are_the_users_mistake(tmp
         with pytest.raises(UserError, match=f"{tile_px} px"):
             write_demo(tmp_path / "new", tiles=tiles, tile_px=tile_px)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_demo_draws_maps_and_evaluates(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["demo", str(tmp_path / "city"), "--run"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "city" / "run" / "evaluation" / "evaluation.json").is_file()
