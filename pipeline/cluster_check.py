@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from segpipe.tasks.errors import SegpipeError, UserError
 
 from .devices import take_own_device
-from .plan import Crew, allowance
+from .plan import Crew, allowance, gpus_bytes
 from .stages import Site, model_file
 
 ANSWER_S = 15.0
@@ -41,6 +41,7 @@ class Facts:
     cores: int
     threads: int
     memory_bytes: int
+    gpu_bytes: int = 0
 
 
 # The scheduler
@@ -167,15 +168,17 @@ def own_versions() -> dict[str, str]:
 def facts_here(dask_worker: Any) -> Facts:
     """What the worker process is and has in which this runs; a worker that does not predict has no device."""
     predicts = bool(dask_worker.state.total_resources.get("GPU", 0) >= 1)
-    kind = {"device": "", "torch": ""}
+    kind, gpu_bytes = {"device": "", "torch": ""}, 0
     if predicts:
         from segpipe.models.predictor import device_recipe, resolve_device
 
         take_own_device()
-        kind = device_recipe(resolve_device())
+        kind, gpu_bytes = device_recipe(resolve_device()), next(iter(gpus_bytes()), 0)
     limit = int(dask_worker.memory_manager.memory_limit or allowance()[1])
     threads = int(dask_worker.state.nthreads)
-    return Facts(dask_worker.address, predicts, kind["device"], kind["torch"], allowance()[0], threads, limit)
+    return Facts(
+        dask_worker.address, predicts, kind["device"], kind["torch"], allowance()[0], threads, limit, gpu_bytes
+    )
 
 
 def unfit_because(site: Site, versions: Mapping[str, str]) -> str:
@@ -270,6 +273,7 @@ def choose_crew(named: str, facts: Sequence[Facts], want: str | None = None) -> 
         workers=len(chosen),
         cores=min(max(1, min(it.cores, it.threads)) for it in chosen),
         memory_bytes=min(it.memory_bytes for it in chosen),
+        gpu_bytes=min(it.gpu_bytes for it in chosen),
         notes=notes,
     )
     return crew, frozenset(it.address for it in able if it not in chosen)

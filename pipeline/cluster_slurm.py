@@ -126,13 +126,13 @@ def _check_script(name: str, options: Mapping[str, Any]) -> None:
 def _crew(client: Any, jobs: SlurmJobs, name: str, group: GroupConfig, say: Callable[[str], None]) -> Crew:
     """The workers that are to predict, as they will be; their device is that of the first, if nothing says it."""
     own = device_recipe(resolve_device())
-    device, torch = group.device, own["torch"]
+    device, torch, gpu_bytes = group.device, own["torch"], 0
     if device == "auto":
         say(f"waiting for one job of cluster.{name}, to see its device (`device:` there would say it)")
         if name == "gpu":
             jobs.scale("gpu", 1)
         found = _first_facts(client, jobs)
-        device, torch = found.device, found.torch
+        device, torch, gpu_bytes = found.device, found.torch, found.gpu_bytes
         if name == "gpu":
             jobs.scale("gpu", 0)
             while any(it["resources"].get("GPU") for it in client.scheduler_info(n_workers=-1)["workers"].values()):
@@ -143,6 +143,7 @@ def _crew(client: Any, jobs: SlurmJobs, name: str, group: GroupConfig, say: Call
         workers=group.count * group.processes,
         cores=max(1, group.cores // group.processes),
         memory_bytes=bytes_of(group.memory) // group.processes,
+        gpu_bytes=gpu_bytes,
     )
 
 

@@ -51,26 +51,33 @@ SCRATCH = 1.6
 """Memory of a pass against its activations: the convolutions' own, and what the allocator keeps (measured)."""
 WORKER_BASE_BYTES = 900 * 2**20
 """A worker before its first window: libraries, network, GDAL's cache."""
+GPU_BASE_BYTES = 700 * 2**20
+"""A GPU before its first window: CUDA's own, and the network."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """Worker processes, threads of torch in each, and the memory that each may use."""
+    """Worker processes, threads of torch in each, and the memory that each may use.
+
+    gpu_bytes: memory of the smallest GPU that one of them has; 0 for CPUs, and where nobody has looked.
+    """
 
     count: int
     threads: int
     memory_bytes: int
+    gpu_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Crew:
-    """The workers that predict, where they are not of this machine. cores and memory_bytes: of the least of them."""
+    """The workers that predict, where they are not of this machine. cores and bytes: of the least of them."""
 
     device: str
     torch: str
     workers: int
     cores: int
     memory_bytes: int
+    gpu_bytes: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -521,16 +528,16 @@ def resolve_workers(config: ClusterConfig, stored_threads: int | None = None, cr
     """
     if crew is not None:
         threads = config.threads if config.threads != "auto" else stored_threads or crew.cores
-        return Workers(crew.workers, threads, crew.memory_bytes)
+        return Workers(crew.workers, threads, crew.memory_bytes, crew.gpu_bytes)
     if not isinstance(config, LocalConfig):
         config = LocalConfig(threads=config.threads)
-    gpus = torch_gpus()
+    gpus = gpus_bytes()
     cores, memory_bytes = allowance()
-    count = config.workers if config.workers != "auto" else gpus or max(1, cores // 8)
-    count = min(count, gpus) if gpus else count
+    count = config.workers if config.workers != "auto" else len(gpus) or max(1, cores // 8)
+    count = min(count, len(gpus)) if gpus else count
     threads = config.threads if config.threads != "auto" else stored_threads or max(1, cores // count)
     total = int(memory_bytes * 0.8) if config.memory == "auto" else bytes_of(config.memory)
-    return Workers(count, threads, total // count)
+    return Workers(count, threads, total // count, min(gpus, default=0))
 
 
 def bytes_of(text: str) -> int:
@@ -540,11 +547,11 @@ def bytes_of(text: str) -> int:
     return int(number * {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}[unit])
 
 
-def torch_gpus() -> int:
-    """How many CUDA devices this process sees."""
+def gpus_bytes() -> list[int]:
+    """Memory of each CUDA device that this process sees."""
     import torch
 
-    return torch.cuda.device_count()
+    return [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
 
 
 def allowance() -> tuple[int, int]:
@@ -633,7 +640,7 @@ def _resolve_recipe(
     stored_block_px: int | None,
     crew: Crew | None,
 ) -> tuple[Recipe, int]:
-    """The recipe, and the bytes that one predict task takes with it."""
+    """The recipe, and the bytes of a worker's memory that one predict task takes with it."""
     import torch
 
     from segpipe.models.field import peak_bytes_per_px
@@ -651,10 +658,20 @@ def _resolve_recipe(
         raise UserError(f"model: {error}") from None
     step = math.lcm(layout.chunk_px, card.stride)
 
-    def task_bytes(block_px: int) -> int:
-        # Image and valid as uint8, the normalised image in float32, the activations, the probabilities.
+    on_gpu = device.startswith("cuda")
+
+    def task_bytes(block_px: int) -> tuple[int, int]:
+        """What a task takes of the worker's memory and of the GPU's."""
+        # Image and valid as uint8, the normalised image in float32, the probabilities; the activations.
         window_px = (block_px + 2 * halo_px) ** 2
-        return WORKER_BASE_BYTES + int(window_px * (SCRATCH * per_px + 5 * layout.bands + 8))
+        around, activations = window_px * (5 * layout.bands + 8), int(window_px * SCRATCH * per_px)
+        if on_gpu:
+            return WORKER_BASE_BYTES + around, GPU_BASE_BYTES + around + activations
+        return WORKER_BASE_BYTES + around + activations, 0
+
+    def fits(block_px: int) -> bool:
+        of_worker, of_gpu = task_bytes(block_px)
+        return of_worker <= workers.memory_bytes // 2 and of_gpu <= (FILLED * workers.gpu_bytes or math.inf)
 
     if isinstance(config.grid.block_px, int):
         block_px = config.grid.block_px
@@ -668,19 +685,25 @@ def _resolve_recipe(
     else:
         block_px = step
         largest = max(LARGEST_AUTO_BLOCK_PX, step)
-        while block_px + step <= largest and task_bytes(block_px + step) <= workers.memory_bytes // 2:
+        while block_px + step <= largest and fits(block_px + step):
             block_px += step
         while block_px > step and sum(1 for _ in layout.grid.cells(block_px)) < workers.count:
             block_px -= step
-    if task_bytes(block_px) > FILLED * workers.memory_bytes:
+    of_worker, of_gpu = task_bytes(block_px)
+    window = f"a block of {block_px} px with a halo of {halo_px} px"
+    if of_worker > FILLED * workers.memory_bytes:
         raise UserError(
-            f"cluster.memory: {workers.memory_bytes / 2**30:.1f} GiB a worker, but a block of {block_px} px with a halo"
-            f" of {halo_px} px takes {task_bytes(block_px) / 2**30:.1f} GiB, which may fill {FILLED:.0%} of it; cure: a"
-            f" smaller `grid: {{block_px: …}}`,"
+            f"cluster.memory: {workers.memory_bytes / 2**30:.1f} GiB a worker, but {window} takes"
+            f" {of_worker / 2**30:.1f} GiB, which may fill {FILLED:.0%} of it; cure: a smaller `grid: {{block_px: …}}`,"
             f" fewer `cluster: {{workers: …}}`, or more memory"
         )
+    if workers.gpu_bytes and of_gpu > FILLED * workers.gpu_bytes:
+        raise UserError(
+            f"grid.block_px: {window} takes about {of_gpu / 2**30:.1f} GiB of a GPU; expected {FILLED:.0%} of its"
+            f" {workers.gpu_bytes / 2**30:.1f} GiB at most; cure: a smaller `grid: {{block_px: …}}`"
+        )
     recipe = Recipe(device, precision, "eager", workers.threads, version, block_px, halo_px, config.predict.tta)
-    return recipe, task_bytes(block_px)
+    return recipe, of_worker
 
 
 def _check_disk(folder: Folder, tiles: Sequence[Tile], bands: int, seen: Window) -> None:

@@ -20,7 +20,7 @@ from segpipe.pipeline import plan as module
 from segpipe.pipeline.config import LocalConfig, load_city
 from segpipe.pipeline.describe import describe
 from segpipe.pipeline.place import place_tiles
-from segpipe.pipeline.plan import Plan, disk_bytes, make_plan, resolve_workers
+from segpipe.pipeline.plan import Crew, Plan, disk_bytes, make_plan, resolve_workers
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.grid import Window
 from segpipe.tasks.read import TileHeader, read_header
@@ -199,6 +199,22 @@ def test_block_px_auto_follows_the_configured_memory(make_city: MakeCity) -> Non
     assert plan_of(city, "cluster.memory=1000 GiB", block_px=1024).block_px == 1024, "what was settled stays"
 
 
+def test_on_a_gpu_the_block_follows_its_memory_and_the_workers_is_for_the_rest(make_city: MakeCity) -> None:
+    city = make_city(1, 1, tile_px=64, grid={"chunk_px": 512, "block_px": "auto"})
+
+    def on_gpu(gpu_gib: int, memory_gib: int = 64, *overrides: str) -> Plan:
+        crew = Crew("cuda sm_90", "2.13.0", 1, 8, memory_gib * 2**30, gpu_gib * 2**30)
+        return make_plan(load_city(city.config, overrides), crew=crew)
+
+    sides = [on_gpu(gib).block_px for gib in (2, 8, 24, 80)]
+    assert sides == sorted(sides)
+    assert sides[0] < sides[-1] == module.LARGEST_AUTO_BLOCK_PX
+    assert on_gpu(80, memory_gib=4).block_px == module.LARGEST_AUTO_BLOCK_PX
+    assert on_gpu(0).block_px == module.LARGEST_AUTO_BLOCK_PX, "where nobody has looked, a trial tells"
+    with pytest.raises(UserError, match=r"block of 4096 px .* GiB of a GPU; expected 90% of its 2\.0 GiB"):
+        on_gpu(2, 64, "grid.block_px=4096")
+
+
 def test_what_the_machine_has_free_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for available in (1, 2**40):
@@ -220,8 +236,9 @@ def test_limits_of_a_container_and_of_the_processes_affinity_count(monkeypatch: 
 
 
 def test_on_a_machine_with_gpus_there_is_one_worker_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "torch_gpus", lambda: 4)
-    assert resolve_workers(LocalConfig()).count == 4
+    monkeypatch.setattr(module, "gpus_bytes", lambda: [2**34, 2**33, 2**34, 2**34])
+    workers = resolve_workers(LocalConfig())
+    assert (workers.count, workers.gpu_bytes) == (4, 2**33)
     assert resolve_workers(LocalConfig(workers=2)).count == 2
 
 
