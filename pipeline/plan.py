@@ -171,7 +171,8 @@ class Plan:
 
     def is_predicted(self, block: tuple[int, int]) -> bool:
         """Whether a block is among `blocks`."""
-        return bool(self.tiles_in(self.core(*block))) and self._is_near_area(block)
+        inside = self.core(*block).intersect(self.layout.grid)  # a warped tile's cover may reach beyond by a pixel
+        return bool(self.tiles_in(inside)) and self._is_near_area(block)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Chunks to be read, by absolute index, row by row: those that meet a tile, and are seen by a block."""

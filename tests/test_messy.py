@@ -14,6 +14,9 @@ from affine import Affine
 from conftest import ORIGIN, RESOLUTION, City, map_it, outputs, raster, stages_since, tasks_done, write_tile
 from rasterio.warp import Resampling, calculate_default_transform, reproject
 
+from segpipe.pipeline.config import load_city
+from segpipe.pipeline.plan import make_plan
+
 MakeCity = Callable[..., City]
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -62,9 +65,12 @@ def test_tiles_in_another_crs_give_the_same_bytes_however_the_work_and_the_sourc
     map_it(city.config, "images=one", *settings)
     map_it(city.config, "images=many", "output=many-run", *settings)
     map_it(city.config, "images=one", "output=other", "grid.chunk_px=256", "grid.block_px=256", *settings)
-    expected = outputs(tmp_path / "run")
-    assert outputs(tmp_path / "other") == expected
-    found = outputs(tmp_path / "many-run")
+    plan = make_plan(load_city(city.config, ["images=one", *settings]))
+    around = plan.layout.grid.pad(plan.block_px).cells(plan.block_px)
+    assert [block for block in around if plan.is_predicted(block)] == list(plan.blocks())
+    expected = outputs(tmp_path / "run", tiles=False)
+    assert outputs(tmp_path / "other", tiles=False) == expected
+    found = outputs(tmp_path / "many-run", tiles=False)
     assert found["rows"] == expected["rows"]
     assert found["probability"] == expected["probability"]
 
@@ -192,9 +198,9 @@ def test_tiles_of_any_kind_give_what_the_same_pixels_give_in_plain_form(
     least = "nodata_min_m2=100"
     map_it(city.config, least)
     map_it(city.config, "images=messy", "output=other", least, *settings)
-    expected = outputs(tmp_path / "run")
+    expected = outputs(tmp_path / "run", tiles=False)
     assert 255 in np.frombuffer(expected["probability"], np.uint8)
-    assert outputs(tmp_path / "other") == expected
+    assert outputs(tmp_path / "other", tiles=False) == expected
 
 
 def test_a_stray_tile_in_another_crs_comes_onto_the_lattice_of_the_others(make_city: MakeCity, tmp_path: Path) -> None:
@@ -219,8 +225,9 @@ def test_finer_and_coarser_tiles_share_a_city(make_city: MakeCity, tmp_path: Pat
     write_tile(tmp_path / "mixed" / "b.tif", fine, 0, 0, transform=half)
     map_it(city.config)
     map_it(city.config, "images=mixed", "output=other")
-    assert outputs(tmp_path / "other")["probability"] == outputs(tmp_path / "run")["probability"]
-    assert outputs(tmp_path / "other")["rows"] == outputs(tmp_path / "run")["rows"]
+    found, expected = outputs(tmp_path / "other", tiles=False), outputs(tmp_path / "run", tiles=False)
+    assert found["probability"] == expected["probability"]
+    assert found["rows"] == expected["rows"]
 
 
 def test_a_warped_tile_added_in_the_west_redoes_only_what_sees_it(make_city: MakeCity, tmp_path: Path) -> None:
