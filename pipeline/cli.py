@@ -254,11 +254,11 @@ def evaluate(
         from .run_folder import brought, folder_of
         from .storage import LocalFolder
 
-        own = folder_of(runs[0])
-        alone = own.path / "evaluation" if len(runs) == 1 and isinstance(own, LocalFolder) else Path("evaluation")
+        places = [folder_of(run) for run in runs]
+        own = places[0].path if len(runs) == 1 and isinstance(places[0], LocalFolder) else Path()
         with ExitStack() as stack:
-            folders = [stack.enter_context(brought(run)) for run in runs]
-            for name, value in evaluate_to(output or alone, folders, truths, group, truth_id):
+            folders = [stack.enter_context(brought(place)) for place in places]
+            for name, value in evaluate_to(output or own / "evaluation", folders, truths, group, truth_id):
                 click.echo(f"{name:>20}  {value}")
 
 
@@ -274,10 +274,10 @@ def verify(run: str, debug: bool) -> None:
         from .allocator import spare_memory
 
         spare_memory()
-        from .run_folder import brought
+        from .run_folder import brought, folder_of
         from .verify import verify_run
 
-        with brought(run) as folder:
+        with brought(folder_of(run)) as folder:
             for name, text in verify_run(folder):
                 click.echo(f"{name:>10}  {text}")
 

@@ -32,14 +32,14 @@ from segpipe.tasks.evaluate import (
     histogram,
     row_of_codes,
 )
-from segpipe.tasks.files import is_remote, tile_name
+from segpipe.tasks.files import tile_name
 from segpipe.tasks.grid import Window, ground_pixel_m
 from segpipe.tasks.outlines import Geometries
 from segpipe.tasks.predict import INVALID
 
 from . import judge
 from .footprints import FOUND, TRUE, Cell, Cells, footprint_cells
-from .manifest import last_published, read_manifest
+from .manifest import kept_at, last_published, read_manifest
 from .rasters import GDAL_CACHE_BYTES
 from .rows import BATCH_ROWS
 from .scores import CLASSES_M2, SEAM_PX, SQUARE_PX, City, Evaluation, Picture, Place, Run
@@ -171,9 +171,15 @@ def read_run(folder: Path, group: str | None = None) -> Run:
             shifted = Window(window.row_off - bounds.row_off, window.col_off - bounds.col_off, *window.shape_yx)
             pictures.append(Picture(name, shifted, _group(name, pattern)))
     block_px = int(manifest["recipe"]["block_px"])
-    output = manifest["config"]["output"]
-    place = output if is_remote(output) else str(folder)
-    return Run(folder, place, manifest["name"], (bounds.row_off, bounds.col_off), block_px, tuple(pictures), geopackage)
+    return Run(
+        folder,
+        str(kept_at(manifest, folder)),
+        manifest["name"],
+        (bounds.row_off, bounds.col_off),
+        block_px,
+        tuple(pictures),
+        geopackage,
+    )
 
 
 def _group(name: str, pattern: re.Pattern[str] | None) -> str | None:

@@ -205,6 +205,12 @@ def outputs_of(folder: Folder) -> list[str]:
     return [name for name in outputs if isinstance(name, str)] if isinstance(outputs, dict) else []
 
 
+def kept_at(manifest: dict[str, Any], folder: Path) -> Folder:
+    """Where the store and the ledger of a run are: beside its files, unless these are copies of what is in a bucket."""
+    output = manifest["config"]["output"]
+    return folder_at(output if is_remote(output) else folder)
+
+
 def last_published(folder: Folder | Path) -> tuple[str | None, dict[str, Any] | None]:
     """Name of the GeoPackage that the last manifest tells of, and the lattice of its rows; None where it tells none."""
     manifest = _read(folder_at(folder))

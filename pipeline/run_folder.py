@@ -25,12 +25,11 @@ def folder_of(run: str) -> Folder:
 
 
 @contextmanager
-def brought(run: str) -> Iterator[Path]:
+def brought(folder: Folder) -> Iterator[Path]:
     """The published files of a run on this machine: where they lie, or, from a bucket, copies while the block runs.
 
     UserError where the bucket cannot be asked, or holds no published run there.
     """
-    folder = folder_of(run)
     if not isinstance(folder, BucketFolder):
         yield folder.path
         return

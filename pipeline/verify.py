@@ -30,7 +30,6 @@ from rasterio.windows import Window as RasterWindow
 from segpipe.models.weights import file_digest
 from segpipe.tasks.errors import RunError, UserError
 from segpipe.tasks.evaluate import near
-from segpipe.tasks.files import is_remote
 from segpipe.tasks.grid import Lattice, Window
 from segpipe.tasks.outlines import Geometries
 from segpipe.tasks.predict import INVALID
@@ -39,12 +38,11 @@ from segpipe.tasks.vectorize import FULL_U8, VectorSettings, building_ids, finis
 
 from .geopackage import LAYER, rows_digest
 from .ledger import Ledger
-from .manifest import read_manifest
+from .manifest import kept_at, read_manifest
 from .rasters import GDAL_CACHE_BYTES
 from .regions import regions
 from .rows import BATCH_ROWS
 from .stages import cell_unit
-from .storage import Folder, folder_at
 from .store import Store
 
 CELL_PX = 2048
@@ -58,12 +56,6 @@ class Claims:
 
     folder: Path
     manifest: dict[str, Any]
-
-    @property
-    def kept(self) -> Folder:
-        """Where store and ledger are: beside the outputs, unless these are copies of what is in a bucket."""
-        output = self.manifest["config"]["output"]
-        return folder_at(output if is_remote(output) else self.folder)
 
     @property
     def lattice(self) -> Lattice:
@@ -199,7 +191,8 @@ def check_store(claims: Claims) -> str:
     keep = claims.manifest["config"]["store"]["keep"]
     if keep == "none":
         return "not kept"
-    ledger, store, bounds = Ledger(claims.kept), Store(claims.kept), claims.bounds
+    kept = kept_at(claims.manifest, claims.folder)
+    ledger, store, bounds = Ledger(kept), Store(kept), claims.bounds
     chunk_px, block_px = claims.manifest["chunk_px"], claims.manifest["recipe"]["block_px"]
     tiles = [Window(**tile["window"]) for tile in claims.manifest["tiles"]]
     tree = shapely.STRtree([_box(tile) for tile in tiles])
