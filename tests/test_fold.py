@@ -1,0 +1,115 @@
+"""Folding BatchNorm changes how a network computes, never what."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from segpipe.models.fold import fold_batchnorm
+from segpipe.models.networks import Network, OwnNetwork, build_network
+
+LEFT = {"unet-densenet121": 62}
+"""Dense layers normalise before they convolve: what many layers read cannot be folded into the one that made it."""
+
+
+def with_statistics(network: Network) -> Network:
+    """In eval mode and float64, every BatchNorm with numbers of its own."""
+    torch.manual_seed(0)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (layer.running_mean, -0.1, 0.1),
+                (layer.running_var, 0.5, 2),
+                (layer.weight.data, 0.5, 1.5),
+                (layer.bias.data, -0.1, 0.1),
+            ):
+                assert tensor is not None
+                tensor.uniform_(low, high)
+    return network.double().eval()
+
+
+def norms(network: nn.Module) -> int:
+    return sum(isinstance(layer, nn.BatchNorm2d) for layer in network.modules())
+
+
+@pytest.mark.parametrize("name", ["unet-mobilenetv2", "unet-resnet18", "unet-resnet50", "unet-densenet121"])
+def test_a_folded_network_gives_the_same_logits(name: str) -> None:
+    network = with_statistics(build_network(name))
+    folded = copy.deepcopy(network)
+    fold_batchnorm(folded)
+    image_BCHW = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(image_BCHW), network(image_BCHW), rtol=1e-9, atol=1e-12)
+    assert norms(network) > norms(folded) == LEFT.get(name, 0)
+    assert not any(layer.training for layer in folded.modules())
+
+
+@pytest.mark.parametrize("name", ["unet11", "unet16", "unet", "unet-vgg16", "unet-valid", "unet-small"])
+def test_a_network_without_batchnorm_is_left_alone(name: str) -> None:
+    network = build_network(name).eval()
+    before = copy.deepcopy(network.state_dict())
+    fold_batchnorm(network)
+    after = network.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+class Shared(Network):
+    """One convolution whose output is normalised, and also passed on as it is."""
+
+    stride = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 1, 3, padding=1), nn.BatchNorm2d(1)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        found = self.conv(image_BCHW)
+        normed: Tensor = self.norm(found)
+        return normed + found
+
+
+class Twice(Network):
+    """One BatchNorm for two convolutions."""
+
+    stride = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.norm = nn.Conv2d(3, 1, 3), nn.Conv2d(3, 1, 3), nn.BatchNorm2d(1)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        normed: Tensor = self.norm(self.left(image_BCHW)) + self.norm(self.right(image_BCHW))
+        return normed
+
+
+@pytest.mark.parametrize("kind", [Shared, Twice])
+def test_what_more_than_one_layer_reads_or_gives_is_not_folded(kind: type[Network]) -> None:
+    network = with_statistics(kind())
+    folded = copy.deepcopy(network)
+    fold_batchnorm(folded)
+    image_BCHW = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(folded(image_BCHW), network(image_BCHW))
+    assert norms(folded) == 1
+
+
+class Untraceable(nn.Module):
+    """Of a user's own: what it does depends on the numbers that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 1, 3, padding=1), nn.BatchNorm2d(1)
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        found: Tensor = self.norm(self.conv(image_BCHW))
+        return found if image_BCHW.sum() > 0 else -found
+
+
+def test_a_network_of_the_users_own_is_left_alone() -> None:
+    network = OwnNetwork("tests:untraceable", Untraceable()).eval()
+    fold_batchnorm(network)
+    assert norms(network) == 1
