@@ -97,7 +97,7 @@ def predict_and_bare(folder: Path, passes: int) -> tuple[float, float]:
 
     plan = make_plan(load_city(folder / "city.yaml"), read_settled(folder / "run"))
     site = stages.Site(plan)
-    predictor = site.predictor
+    predictor = site.network.predictor
     entries = {block: site.ledger.entry("predict", stages.cell_unit(*block)) for block in plan.blocks()}
     block = max(entries, key=lambda block: entries[block]["valid_px"])
     seen = []

@@ -22,7 +22,7 @@ Stage = Callable[..., Receipt]
 
 @dataclass(frozen=True)
 class Task:
-    """A call stage(site, *arguments). gpu: it takes the resource GPU of a worker. Lower priorities come first."""
+    """A call stage(site, *arguments). gpu: it takes a share of a worker's GPU. Lower priorities come first."""
 
     stage: Stage
     arguments: tuple[Any, ...]
@@ -42,7 +42,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class GpuUse:
-    """Seconds that workers with the resource GPU were there, added up, and how many of them went into predicting."""
+    """Seconds that workers with the resource GPU were there, added up, and how many of them the network ran."""
 
     held_s: float
     busy_s: float

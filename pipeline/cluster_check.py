@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 from segpipe.tasks.errors import SegpipeError, UserError
 
 from .devices import take_own_device
-from .plan import Crew, allowance, gpus_bytes
-from .stages import Site, model_file
+from .plan import Crew, allowance, gpus_bytes, model_file
+from .stages import Site
 
 ANSWER_S = 15.0
 """Within this time whatever is wrong before work is told."""

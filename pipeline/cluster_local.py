@@ -14,14 +14,14 @@ from typing import Any
 from segpipe.tasks.errors import RunError
 
 from .cluster import Pool
-from .cluster_pool import Distributed
+from .cluster_pool import TASKS_PER_GPU, Distributed
 from .devices import one_device_each
 from .plan import Plan
 
 CLOSING_S = 3
 """What a client or a cluster is given to close in: all of it must end within 10 s of Ctrl-C."""
-THREADS_PER_WORKER = 2
-"""One for the task that holds the GPU, one for reading and vectorizing meanwhile."""
+THREADS_PER_WORKER = TASKS_PER_GPU + 1
+"""Those of the tasks that share the GPU, and one for reading and vectorizing meanwhile."""
 
 
 @contextmanager

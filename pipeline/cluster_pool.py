@@ -25,6 +25,8 @@ GONE_FOR_S = 60.0
 """A run that has waited so long without a worker for its tasks ends: a nanny, or a batch system, has had its time."""
 MOST_LOST = 3
 """Times that a task may go down alone with a worker whose host goes too: that may be a batch system's doing."""
+TASKS_PER_GPU = 2
+"""While one block is in the network, the next one is read, or the last one written."""
 OWN_FAILURES = 0
 """`distributed.scheduler.allowed-failures` of schedulers that are ours: of the tasks of a worker that dies it is not
 known which has killed it, so none is sent again in company."""
@@ -119,7 +121,7 @@ class Distributed:
             task.stage.__name__,
             task.arguments,
             key=f"{task.stage.__name__}-{'-'.join(str(a) for a in task.arguments[:3])}-{time.time_ns():x}",
-            resources={"GPU": 1} if task.gpu else None,
+            resources={"GPU": 1 / TASKS_PER_GPU} if task.gpu else None,
             workers=workers,
             # Fit workers may be gone and others have come: those say so themselves.
             allow_other_workers=bool(workers) and not sent.alone_on,
@@ -170,7 +172,7 @@ class Distributed:
             with contextlib.suppress(Exception, asyncio.CancelledError):
                 receipt, worker = future.result(timeout=WORKER_TIMEOUT_S)
                 del self._sent[future]
-                self._busy_s += receipt.seconds if sent.task.gpu else 0.0
+                self._busy_s += receipt.values["device"].get("network", 0.0) if sent.task.gpu else 0.0
                 self._ended.append(Outcome(sent.task, receipt, None, worker))
                 return
         self._done.add(future)

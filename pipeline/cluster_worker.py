@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from segpipe.tasks.errors import RunError, WorkerError
+from segpipe.tasks.errors import WorkerError
 
 from .cluster_check import unfit_because
 from .devices import take_own_device
@@ -87,11 +87,4 @@ def work(run: str, stage: str, arguments: tuple[Any, ...]) -> tuple[Receipt, str
         receipt: Receipt = getattr(stages, stage)(_sites[run], *arguments)
     except WorkerError as error:
         raise WorkerError(str(error), worker.address) from None
-    except RuntimeError as error:
-        # torch's own kind, told apart by its name: torch is not imported for tasks that need none.
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        raise RunError(
-            f"the GPU has too little memory ({error}); cure: a smaller `grid: {{block_px: …}}`, which begins anew"
-        ) from None
     return receipt, str(worker.name)

@@ -120,7 +120,7 @@ def pixels_seen(plan: Plan) -> tuple[int, int]:
 
 def seconds_of(plan: Plan) -> float:
     """Seconds of network on one worker that a city takes, from one timed window of about 1024 px."""
-    from .stages import load_predictor
+    from .network import load_predictor
 
     side = min(plan.block_px + 2 * plan.recipe.halo_px, 1024) // plan.card.stride * plan.card.stride
     image = np.random.default_rng(0).integers(0, 255, (plan.layout.bands, side, side), np.uint8)

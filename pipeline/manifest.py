@@ -323,6 +323,7 @@ def make_manifest(config: CityConfig, plan: Plan, state: dict[str, Any], publish
             }
             for stage, sums in published.stages.items()
         },
+        "device": {what: round(seconds, 3) for what, seconds in published.device.items()},
         "rows_digests": {name: digest for name, digest in own.items() if name in others}
         | {published.geopackage.name: published.rows_digest},
         "rows_digests_begun": sorted(begun) if others else [],

@@ -411,6 +411,11 @@ def find_model(name: str, base: Path) -> Path:
         raise UserError(f"model: {error}") from None
 
 
+def model_file(plan: Plan) -> Path:
+    """The bundle of a plan as a file of this machine. TileError where it cannot be copied from its bucket."""
+    return plan.model if plan.model_url is None else copied_bundle(plan.model_url)
+
+
 def copied_bundle(url: str) -> Path:
     """The file of a bundle in a bucket, copied into the cache of this machine if it is not there yet.
 
@@ -663,9 +668,10 @@ def _resolve_recipe(
 
     def task_bytes(block_px: int) -> tuple[int, int]:
         """What a task takes of the worker's memory and of the GPU's."""
-        # Image and valid as uint8, the normalised image in float32, the probabilities; the activations.
+        # Image and valid as uint8, the normalised image in float32, the probabilities; the next block's image and
+        # valid, which are read meanwhile; the activations.
         window_px = (block_px + 2 * halo_px) ** 2
-        around, activations = window_px * (5 * layout.bands + 8), int(window_px * SCRATCH * per_px)
+        around, activations = window_px * (6 * layout.bands + 10), int(window_px * SCRATCH * per_px)
         if on_gpu:
             return WORKER_BASE_BYTES + around, GPU_BASE_BYTES + around + activations
         return WORKER_BASE_BYTES + around + activations, 0

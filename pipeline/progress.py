@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .stages import Receipt
 
 LOG_EVERY_S = 10.0
+_WAITS = {"read": "for a block's chunks", "write": "for the last block to be stored", "block": "for a block to predict"}
 
 
 @dataclass
@@ -60,11 +61,13 @@ class Listener:
         self.started = time.time()
         """When this run began, in seconds of the epoch, as its tasks tell when they ended."""
         self.stages: dict[str, StageSums] = {}
+        self.device: dict[str, float] = {}
+        """Seconds of all devices: of `network`, and of each of network.WAITS."""
         columns = (
             TextColumn("{task.description:>10}"),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]:>13}"),
+            TextColumn("{task.fields[speed]:>22}"),
             TextColumn("eta"),
             TimeRemainingColumn(),
         )
@@ -96,6 +99,8 @@ class Listener:
             sums.first = now - receipt.seconds
         sums.units, sums.pixels, sums.last = sums.units + 1, sums.pixels + receipt.pixels, now
         sums.seconds += receipt.seconds
+        for what, seconds in receipt.values.get("device", {}).items():
+            self.device[what] = self.device.get(what, 0.0) + seconds
         worker = outcome.worker if outcome is not None else "driver"
         self._record(asdict(receipt) | {"worker": worker, "ended": time.time()})
         self._show(receipt.stage)
@@ -114,6 +119,8 @@ class Listener:
         sums = self.stages[stage]
         ended = sums.units + sums.reused + sums.failed
         speed = f"{sums.mpx_per_s:.2f} Mpx/s" if sums.mpx_per_s else ""
+        if stage == "predict" and self.device:
+            speed = f"{speed} {busy_share(self.device):.0%} busy"
         self._progress.update(self._bars[stage], completed=ended, speed=speed)
         now = time.monotonic()
         if now - self._logged > LOG_EVERY_S:
@@ -139,7 +146,8 @@ class Listener:
             speed = f" {sums.mpx_per_s:.2f} Mpx/s" if sums.mpx_per_s else ""
             left = (total - ended) * sums.wall_s / sums.units if sums.units else 0.0
             eta = f" eta {left:.0f} s" if ended < total and left else ""
-            parts.append(f"{stage} {ended}/{total}{speed}{eta}")
+            busy = f" device {busy_share(self.device):.0%} busy" if stage == "predict" and self.device else ""
+            parts.append(f"{stage} {ended}/{total}{speed}{busy}{eta}")
         return "; ".join(parts)
 
     @contextmanager
@@ -149,6 +157,17 @@ class Listener:
             yield
         if self.totals:
             self._say_line()
+
+
+def busy_share(device: Mapping[str, float]) -> float:
+    """The share of their time, from their first pass on, in which devices ran the network."""
+    return device["network"] / sum(device.values())
+
+
+def told_of_device(device: Mapping[str, float]) -> str:
+    """How busy devices were, and what they waited for."""
+    waits = ", ".join(f"{device[what] / sum(device.values()):.0%} {told}" for what, told in _WAITS.items())
+    return f"{busy_share(device):.0%} of the time in the network; waited {waits}"
 
 
 def show_summary(console: Console, stages: dict[str, StageSums]) -> None:

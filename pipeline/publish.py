@@ -49,7 +49,8 @@ class Published:
     """What a run has published.
 
     changes: buildings added, removed and modified since the last publishing; validity: invalid pixels by reason;
-    skipped: tiles that could not be read, and why; tile_masks, files: paths in the run folder of the masks of
+    skipped: tiles that could not be read, and why; device: seconds of the network and of what devices waited for;
+    tile_masks, files: paths in the run folder of the masks of
     single tiles and of the footprints in other formats.
     """
 
@@ -64,6 +65,7 @@ class Published:
     skipped: dict[str, str]
     notes: tuple[str, ...]
     stages: dict[str, StageSums]
+    device: dict[str, float]
     tile_masks: tuple[str, ...]
     files: tuple[str, ...]
 
@@ -151,6 +153,7 @@ def publish_all(
         skipped=plan.left_out | {plan.tiles[tile].path: reason for tile, reason in skipped.items()},
         notes=tuple(notes),
         stages=listener.stages,
+        device=listener.device,
         tile_masks=tuple(tile_masks),
         files=tuple(files),
     )

@@ -78,6 +78,8 @@ class Report:
     extra_pixels: float
     """Share of pixels that are read and predicted on top for the halos: 0.34 is 34 %."""
     stages: tuple[StageTime, ...]
+    device: str
+    """How busy the devices were, and what they waited for; empty where nothing was predicted."""
     skipped: Rows
     """Tiles that were left out, and why."""
     warnings: tuple[str, ...]

@@ -25,7 +25,7 @@ from .flow import Flow, run_joins
 from .ledger import as_json
 from .lock import locked
 from .plan import Plan, make_plan
-from .progress import Listener, watching
+from .progress import Listener, told_of_device, watching
 from .publish import Published
 from .run_report import write_preview_and_report
 from .stac_item import write_item
@@ -178,6 +178,8 @@ def run_plan(
                 with listener.showing():
                     skipped = carry_all(plan, pool, listener)
                     homes = run_joins(plan, pool, listener)
+                if listener.device:
+                    listener.say(f"{'device':>10}  {told_of_device(listener.device)}")
                 if (use := pool.gpu_use()) is not None:
                     listener.say(told_of_gpus(use))
                     plan = replace(plan, notes=(*plan.notes, told_of_gpus(use)))

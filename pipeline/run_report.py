@@ -16,6 +16,7 @@ from .formats import FILES
 from .imagery import imagery_of
 from .inputs import versions
 from .plan import Plan, ground_pixel_m
+from .progress import told_of_device
 from .publish import Published, read_in_area
 from .report_charts import areas_chart, confidences_chart, read_spans, timeline_chart
 from .report_map import TileKind, TileMark, draw_map
@@ -68,6 +69,7 @@ def write_preview_and_report(config: CityConfig, plan: Plan, published: Publishe
             report.StageTime(name, it.units, it.reused, it.seconds, it.wall_s, it.pixels)
             for name, it in published.stages.items()
         ),
+        device=told_of_device(published.device) if published.device else "",
         skipped=tuple(published.skipped.items()),
         warnings=published.notes,
         versions=tuple(versions().items()),

@@ -11,40 +11,36 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import shapely
 from numpy.typing import NDArray
 
-from segpipe.tasks.errors import DamageError, RunError, StorageError, TileError, WorkerError
+from segpipe.tasks.errors import DamageError, RunError, StorageError, TileError
 from segpipe.tasks.files import file_digest, file_stamp
 from segpipe.tasks.fragments import border_from_bytes, fragment_to_bytes
 from segpipe.tasks.grid import Window
 from segpipe.tasks.merge import merge
-from segpipe.tasks.predict import INVALID, predict_core, reach
+from segpipe.tasks.predict import INVALID, reach
 from segpipe.tasks.read import Tile, check_readable, read_window
 from segpipe.tasks.seams import Joins, collect, cut_buildings
 from segpipe.tasks.seams import join as unite_pieces
 from segpipe.tasks.validity import scan_tile
 from segpipe.tasks.vectorize import UNKNOWN, Buildings, Components, finish, vectorize_block
 
-from .allocator import give_freed_memory_back
 from .ledger import Ledger
 from .lock import lock_token
-from .plan import Plan, copied_bundle, key_of
+from .network import LoadedNetwork, Passed
+from .plan import Plan, key_of
 from .storage import Folder
 from .store import Store
-
-if TYPE_CHECKING:
-    from segpipe.models.predictor import Predictor
 
 Cell = tuple[int, int]
 """Absolute index (row, col) of a chunk or a block."""
@@ -66,7 +62,7 @@ class Receipt:
 
 
 class Site:
-    """What a process holds to work on a plan: the store and the ledger, and, once a block is predicted, the network."""
+    """What a process holds to work on a plan: the store, the ledger and the network."""
 
     def __init__(self, plan: Plan) -> None:
         plan.storage.use()
@@ -75,9 +71,7 @@ class Site:
         self.ledger = Ledger(plan.folder)
         self._lock = threading.Lock()
         self._store: Store | None = None
-        self._predictor: Predictor | None = None
-        self._network = ThreadPoolExecutor(1, "network")
-        self._shape_yx: tuple[int, ...] = ()
+        self.network = LoadedNetwork(plan)
 
     @property
     def store(self) -> Store:
@@ -86,28 +80,6 @@ class Site:
             if self._store is None:
                 self._store = Store(self.folder)
             return self._store
-
-    @property
-    def predictor(self) -> Predictor:
-        """The network on its device, loaded once a process. RunError if this process cannot honour the recipe."""
-        with self._lock:
-            if self._predictor is None:
-                self._predictor = load_predictor(self.plan)
-            return self._predictor
-
-    def predict(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
-        """Predict a window, as Predictor does, in the one thread of this process that ever runs the network.
-
-        Each thread that ran it would keep a heap of activations, and a pool of OpenMP threads, of its own.
-        """
-        return self._network.submit(self._predict, image_CHW, valid_HW).result()
-
-    def _predict(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
-        if valid_HW.shape != self._shape_yx:
-            # Activations of another size fit no hole that the last ones have left: they would come on top of them.
-            give_freed_memory_back()
-            self._shape_yx = valid_HW.shape
-        return self.predictor.predict(image_CHW, valid_HW)
 
     def begin(self, stage: str, unit: str) -> None:
         """Before the first write of a unit: take its old entry back, for its data is about to be another's.
@@ -118,39 +90,6 @@ class Site:
             found = "another run is at work here" if token else "its lock is gone, and perhaps all else that was here"
             raise StorageError(f"{self.folder}: {found}; expected the lock of the run that sent this")
         self.ledger.forget(stage, unit)
-
-
-def load_predictor(plan: Plan) -> Predictor:
-    """The network of a plan on this process's device. WorkerError if it cannot honour the recipe.
-
-    On a GPU the largest window goes through it once: what is too large for its memory is found before any work.
-    """
-    from segpipe.models.predictor import Predictor, device_recipe, resolve_device
-    from segpipe.models.weights import file_digest as bundle_digest
-    from segpipe.models.weights import load_bundle
-
-    device = resolve_device()
-    kind = device_recipe(device)
-    if (kind["device"], kind["torch"]) != (plan.recipe.device, plan.recipe.torch):
-        raise WorkerError(
-            f"a worker has {kind['device']} and torch {kind['torch']}; expected {plan.recipe.device} and torch"
-            f" {plan.recipe.torch}, which the plan has settled"
-        )
-    model = model_file(plan)
-    if bundle_digest(model) != plan.model_digest:
-        raise RunError(f"{plan.model_url or model}: changed since the run began; expected the weights of the plan")
-    # The plan has checked that the YAML names the card's own module, if it has one.
-    bundle = load_bundle(model, allowed_module=plan.card.module)
-    predictor = Predictor(bundle, device, plan.recipe.precision, plan.recipe.threads, plan.recipe.tta)
-    if device.type == "cuda":
-        side = plan.block_px + 2 * plan.recipe.halo_px
-        predictor.predict(np.zeros((plan.layout.bands, side, side), np.uint8), np.ones((side, side), np.bool_))
-    return predictor
-
-
-def model_file(plan: Plan) -> Path:
-    """The bundle of a plan as a file of this machine. TileError where it cannot be copied from its bucket."""
-    return plan.model if plan.model_url is None else copied_bundle(plan.model_url)
 
 
 def tile_unit(plan: Plan, tile: int) -> str:
@@ -317,20 +256,16 @@ def predict(site: Site, row: int, col: int, key: str) -> Receipt:
     """Predict the core of one block and write its chunks of `probability`."""
     start = time.perf_counter()
     plan, unit = site.plan, cell_unit(row, col)
-    core, halo_px, stride = plan.core(row, col), plan.recipe.halo_px, plan.card.stride
-    outer = reach(core, halo_px, stride)
+    core = plan.core(row, col)
+    outer = reach(core, plan.recipe.halo_px, plan.card.stride)
     under = [(chunk, key_in_ledger(site, "read", chunk)) for chunk in plan.chunks_in(outer)]
     _expect_key(predict_key(plan, (row, col), under), key, f"block {unit}")
     valid_HW = _merged(site, "read", "valid", outer, 0).astype(np.bool_)
-    seen_px, seconds_network = 0, 0.0
-    if not valid_HW[core.within(outer)].any():
-        prob_HW = np.full(core.shape_yx, INVALID, np.uint8)
+    if valid_HW[core.within(outer)].any():
+        passed = site.network.predict_core(read_image(site, outer), valid_HW, core, start)
     else:
-        image_CHW = read_image(site, outer)
-        _ = site.predictor  # loaded before the clock of the network starts
-        begun = time.perf_counter()
-        prob_HW, seen_px = predict_core(image_CHW, valid_HW, core, halo_px, stride, site.predict)
-        seconds_network = time.perf_counter() - begun
+        passed = Passed(np.full(core.shape_yx, INVALID, np.uint8), 0, {})
+    prob_HW = passed.prob_HW
     # Another worker may have done it in the meantime: one that was held for lost.
     earlier = site.ledger.done("predict", unit, key)
     site.begin("predict", unit)
@@ -338,10 +273,11 @@ def predict(site: Site, row: int, col: int, key: str) -> Receipt:
     for chunk in plan.chunks_in(core):
         part = prob_HW[Window.cell(*chunk, plan.chunk_px).within(core)]
         sums[cell_unit(*chunk)] = site.store.write_chunk("probability", *chunk, part)
+    site.network.written()
     valid_px = int(np.count_nonzero(prob_HW != INVALID))
     times = 1 if earlier is None else earlier.get("times", 1) + 1
     site.ledger.record("predict", unit, key, checksum=sums, valid_px=valid_px, times=times)
-    values = {"valid_px": valid_px, "seen_px": seen_px, "seconds_network": seconds_network}
+    values = {"valid_px": valid_px, "seen_px": passed.seen_px, "device": passed.seconds}
     return Receipt("predict", unit, valid_px, len(sums) * plan.chunk_px**2, time.perf_counter() - start, values)
 
 

@@ -31,6 +31,21 @@ class WorkerError(RunError):
         return type(self), (str(self), self.worker)
 
 
+class TooLargeError(RunError):
+    """A window does not fit into the memory of the GPU; half of it may."""
+
+    def __init__(self, pixels: int, reason: str) -> None:
+        super().__init__(
+            f"the GPU has too little memory for a window of {pixels:,} px ({reason}); cure: a smaller"
+            " `grid: {block_px: …}`, which begins anew"
+        )
+        self.pixels = pixels
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["TooLargeError"], tuple[int, str]]:
+        return type(self), (self.pixels, self.reason)
+
+
 class StorageError(RunError):
     """The store cannot be read or written: nobody answers, or it is gone. No other task fares better: the run ends."""
 

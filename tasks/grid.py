@@ -91,6 +91,19 @@ class Window:
             for col in range(self.col_off // step, (self.col_stop - 1) // step + 1):
                 yield row, col
 
+    def halves(self, step: int) -> tuple[Window, Window] | None:
+        """Cut across the longer side at a multiple of step near its middle; None where there is none within."""
+        row_off, col_off, row_stop, col_stop = self.row_off, self.col_off, self.row_stop, self.col_stop
+        if self.height >= self.width:
+            line = _floor_to(row_off + self.height // 2 + step // 2, step)
+            if not row_off < line < row_stop:
+                return None
+            return Window.between(row_off, col_off, line, col_stop), Window.between(line, col_off, row_stop, col_stop)
+        line = _floor_to(col_off + self.width // 2 + step // 2, step)
+        if not col_off < line < col_stop:
+            return None
+        return Window.between(row_off, col_off, row_stop, line), Window.between(row_off, line, row_stop, col_stop)
+
     @staticmethod
     def cell(row: int, col: int, step: int) -> Window:
         """The cell of step x step pixels with absolute index (row, col): a chunk or a block."""

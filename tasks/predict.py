@@ -10,10 +10,14 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import TooLargeError
 from .grid import Window
 
 INVALID = 255
 """An invalid pixel, in probabilities and in the mask."""
+
+LEAST_CORE_PX = 512
+"""A core of this side is not cut in halves: halos, and the least that a network is given, would be most of them."""
 
 Predict = Callable[[NDArray[np.uint8], NDArray[np.bool_]], NDArray[np.uint8]]
 """image_CHW and valid_HW of a window to prob_HW."""
@@ -51,7 +55,9 @@ def predict_core(
 ) -> tuple[NDArray[np.uint8], int]:
     """Probabilities of a core, prob_HW uint8, and the pixels of the window that the network has seen.
 
-    image_CHW and valid_HW cover reach(core, halo_px, stride); what lies outside the city is invalid there.
+    image_CHW and valid_HW cover reach(core, halo_px, stride); what lies outside the city is invalid there. A window
+    for which `predict` raises TooLargeError is predicted in halves, each with its halo: with the exact halo the same
+    bytes. Whether that holds is the caller's to know.
     """
     outer = reach(core, halo_px, stride)
     if image_CHW.shape[1:] != outer.shape_yx or valid_HW.shape != outer.shape_yx:
@@ -61,7 +67,18 @@ def predict_core(
     if window is None:
         return prob_HW, 0
     rows, cols = window.within(outer)
-    seen_HW = predict(image_CHW[:, rows, cols], valid_HW[rows, cols])
+    try:
+        seen_HW = predict(image_CHW[:, rows, cols], valid_HW[rows, cols])
+    except TooLargeError:
+        halves, seen_px = core.halves(stride), 0
+        if halves is None or max(core.shape_yx) <= LEAST_CORE_PX:
+            raise
+        for half in halves:
+            around = (slice(None), *reach(half, halo_px, stride).within(outer))
+            part_HW, part_px = predict_core(image_CHW[around], valid_HW[around[1:]], half, halo_px, stride, predict)
+            prob_HW[half.within(core)] = part_HW
+            seen_px += part_px
+        return prob_HW, seen_px
     shared = core.intersect(window)
     prob_HW[shared.within(core)] = seen_HW[shared.within(window)]
     return prob_HW, window.pixels

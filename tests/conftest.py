@@ -90,9 +90,9 @@ class FakePredictor:
 @pytest.fixture
 def fake_network(monkeypatch: pytest.MonkeyPatch) -> type[FakePredictor]:
     """Let tasks in this process predict with FakePredictor."""
-    from segpipe.pipeline import stages
+    from segpipe.pipeline import network
 
-    monkeypatch.setattr(stages, "load_predictor", lambda plan: FakePredictor())
+    monkeypatch.setattr(network, "load_predictor", lambda plan: FakePredictor())
     monkeypatch.setattr(FakePredictor, "calls", 0)
     return FakePredictor
 

@@ -326,4 +326,4 @@ def test_a_worker_that_cannot_honour_the_recipe_is_refused(city: City, monkeypat
     other = predictor.device_recipe(predictor.resolve_device()) | {"device": "cpu OTHER"}
     monkeypatch.setattr(predictor, "device_recipe", lambda device: other)
     with pytest.raises(RunError, match=re.escape(f"expected {plan.recipe.device} and torch")):
-        _ = Site(plan).predictor
+        _ = Site(plan).network.predictor

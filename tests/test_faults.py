@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ORIGIN, City, FakePredictor, map_it, outputs, raster, stages_since, tasks_done, write_tile
 
-from segpipe.pipeline import imagery, run, stages
+from segpipe.pipeline import imagery, network, run, stages
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.ledger import Ledger
 from segpipe.pipeline.plan import Plan, make_plan
@@ -38,7 +38,7 @@ def city(make_city: MakeCity, monkeypatch: pytest.MonkeyPatch) -> City:
     def load(plan: Plan) -> FakePredictor:
         return Halved() if plan.recipe.precision == "bfloat16" else FakePredictor()
 
-    monkeypatch.setattr(stages, "load_predictor", load)
+    monkeypatch.setattr(network, "load_predictor", load)
     return make_city(**SMALL, predict={"precision": "float32"})
 
 

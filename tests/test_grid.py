@@ -58,6 +58,21 @@ def test_snapping_gives_the_smallest_window_on_the_step(window: Window, step: in
     assert all(0 <= s < step for s in before + after)
 
 
+@given(WINDOWS.filter(lambda w: w.pixels > 0), STEPS)
+def test_halves_make_up_the_window_and_are_cut_on_the_step(window: Window, step: int) -> None:
+    halves = window.halves(step)
+    longer = max(window.shape_yx)
+    if halves is None:
+        assert longer < 2 * step
+        return
+    one, other = halves
+    assert one.pixels and other.pixels
+    assert np.array_equal(drawn(one) ^ drawn(other), drawn(window))
+    cut = other.row_off if one.col_off == other.col_off else other.col_off
+    assert cut % step == 0
+    assert abs(max(one.shape_yx) - longer / 2) <= step or max(one.shape_yx) <= min(window.shape_yx)
+
+
 @given(WINDOWS, STEPS)
 def test_cells_cover_a_window_exactly_once_and_in_order(window: Window, step: int) -> None:
     cells = list(window.cells(step))

@@ -24,7 +24,7 @@ def open_pool(plan, scheduler):
 
 spare_memory()
 run.open_pool = open_pool
-stages.load_predictor = lambda plan: FakePredictor()
+network.load_predictor = lambda plan: FakePredictor()
 field.peak_bytes_per_px = lambda network, dtype, bands: 500.0
 if not folder.exists():
     write_city(folder, bundle, side, side, tile_px=512, grid={"chunk_px": 256, "block_px": 512}, nodata=None)

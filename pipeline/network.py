@@ -1,0 +1,146 @@
+"""The network of a plan in one worker process: loaded once, one pass at a time, and what its device waits for."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segpipe.tasks.errors import RunError, TooLargeError, WorkerError
+from segpipe.tasks.grid import Window
+from segpipe.tasks.predict import predict_core
+
+from .allocator import give_freed_memory_back
+from .plan import Plan, model_file
+
+if TYPE_CHECKING:
+    from segpipe.models.predictor import Predictor
+
+WAITS = ("read", "write", "block")
+"""What a device waits for: the block's chunks to be read, the one before to be written, a block that can be predicted.
+
+The last means that tiles were still being decoded, or that the scheduler had sent nothing.
+"""
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A core's probabilities, prob_HW; pixels of the windows that the network saw; seconds: `network`, and of WAITS."""
+
+    prob_HW: NDArray[np.uint8]
+    seen_px: int
+    seconds: dict[str, float]
+
+
+class LoadedNetwork:
+    """The network of a plan on this process's device, loaded when it is first needed.
+
+    One thread of its own runs it: each that did would keep a heap of activations, and a pool of OpenMP threads. The
+    tasks around it read the next block and write the last one meanwhile, in other threads.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._lock = threading.Lock()
+        self._predictor: Predictor | None = None
+        self._thread = ThreadPoolExecutor(1, "network")
+        self._shape_yx: tuple[int, ...] = ()
+        self._too_large_px = math.inf
+        self._free: float | None = None
+        self._written = 0.0
+
+    @property
+    def predictor(self) -> Predictor:
+        """What runs it. RunError if this process cannot honour the recipe."""
+        with self._lock:
+            if self._predictor is None:
+                self._predictor = load_predictor(self._plan)
+            return self._predictor
+
+    def predict_core(
+        self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_], core: Window, begun: float
+    ) -> Passed:
+        """Predict a core from its reach, as tasks.predict does. begun: when the task began, by time.perf_counter.
+
+        A window that the GPU has no memory for goes through it in halves, and so do all as large from then on; RunError
+        where that would change what comes out, since the halo is not the exact one.
+        """
+        recipe, card = self._plan.recipe, self._plan.card
+        seconds = dict.fromkeys(("network", *WAITS), 0.0)
+        refused: list[int] = []
+
+        def predict(image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
+            try:
+                return self._thread.submit(self._pass, image_CHW, valid_HW, begun, seconds).result()
+            except TooLargeError as error:
+                if card.halo_px is None or recipe.halo_px < card.halo_px:
+                    raise RunError(str(error)) from None
+                refused.append(error.pixels)
+                raise
+
+        _ = self.predictor  # loaded before the device's time begins
+        prob_HW, seen_px = predict_core(image_CHW, valid_HW, core, recipe.halo_px, card.stride, predict)
+        self._too_large_px = min(self._too_large_px, *refused, math.inf)
+        return Passed(prob_HW, seen_px, seconds)
+
+    def written(self) -> None:
+        """To be told when what a pass gave is stored."""
+        self._written = time.perf_counter()
+
+    def _pass(
+        self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_], begun: float, seconds: dict[str, float]
+    ) -> NDArray[np.uint8]:
+        """One pass; its seconds, and those since the one before, are added."""
+        start = time.perf_counter()
+        if self._free is not None:
+            had_task = max(self._free, min(begun, start))
+            writing = max(0.0, min(self._written, had_task) - self._free)
+            waited = {"read": start - had_task, "write": writing, "block": had_task - self._free - writing}
+            for what, duration in waited.items():
+                seconds[what] += duration
+        try:
+            return self._run(image_CHW, valid_HW)
+        finally:
+            self._free = time.perf_counter()
+            seconds["network"] += self._free - start
+
+    def _run(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        if valid_HW.size >= self._too_large_px:
+            raise TooLargeError(valid_HW.size, "no less than one that did not fit")
+        if valid_HW.shape != self._shape_yx:
+            # Activations of another size fit no hole that the last ones have left: they would come on top of them.
+            give_freed_memory_back()
+            self._shape_yx = valid_HW.shape
+        try:
+            return self.predictor.predict(image_CHW, valid_HW)
+        except RuntimeError as error:
+            # torch's own kind, told apart by its name: where another predictor is at work, torch is not there.
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            raise TooLargeError(valid_HW.size, str(error)) from None
+
+
+def load_predictor(plan: Plan) -> Predictor:
+    """The network of a plan on this process's device. WorkerError if it cannot honour the recipe."""
+    from segpipe.models.predictor import Predictor, device_recipe, resolve_device
+    from segpipe.models.weights import file_digest, load_bundle
+
+    device = resolve_device()
+    kind = device_recipe(device)
+    if (kind["device"], kind["torch"]) != (plan.recipe.device, plan.recipe.torch):
+        raise WorkerError(
+            f"a worker has {kind['device']} and torch {kind['torch']}; expected {plan.recipe.device} and torch"
+            f" {plan.recipe.torch}, which the plan has settled"
+        )
+    model = model_file(plan)
+    if file_digest(model) != plan.model_digest:
+        raise RunError(f"{plan.model_url or model}: changed since the run began; expected the weights of the plan")
+    # The plan has checked that the YAML names the card's own module, if it has one.
+    bundle = load_bundle(model, allowed_module=plan.card.module)
+    return Predictor(bundle, device, plan.recipe.precision, plan.recipe.threads, plan.recipe.tta)
