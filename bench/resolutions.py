@@ -21,7 +21,7 @@ import yaml
 from affine import Affine
 from rasterio.warp import Resampling, reproject
 
-from segpipe.pipeline.evaluate import evaluate_run
+from segpipe.pipeline.evaluate import evaluate_runs
 from segpipe.tasks.evaluate import Counts
 
 NATIVE_M = 0.3
@@ -52,7 +52,7 @@ def map_and_count(image: Path, truth: Path, model: str, resolution_m: float | No
     (folder / "city.yaml").write_text(yaml.safe_dump(job | {"grid": {"resolution_m": resolution_m}}))
     command = [sys.executable, "-c", "from segpipe.pipeline.cli import main; main()", "run", str(folder / "city.yaml")]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return evaluate_run(folder / "run", truth).counts
+    return evaluate_runs([folder / "run"], [truth], folder / "evaluation").cities[0].whole.pixels
 
 
 @click.command()

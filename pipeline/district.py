@@ -12,9 +12,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pyogrio
-import pyogrio.errors
-import pyogrio.raw
 import rasterio.features
 import shapely
 from affine import Affine
@@ -163,6 +160,10 @@ def _bounds(area: tuple[float, float, float, float]) -> tuple[str, shapely.Geome
 
 def _read_polygons(path: Path, lattice: Lattice) -> tuple[str, shapely.Geometry]:
     """Name and union of the polygons of a file, of its first layer that has any, in the lattice's CRS."""
+    # Here, for a run without an area can do without: machines that only predict may lack it.
+    import pyogrio.errors
+    import pyogrio.raw
+
     name = f"{path}"
     if not path.exists() and not name.startswith("/vsi"):
         raise UserError(f"grid.area: {name} is not there; expected a vector file, or [xmin, ymin, xmax, ymax]")

@@ -1,6 +1,6 @@
 """Speed of the steps of `segpipe train` against bare steps on tensors that are already in memory.
 
-    python bench/fit.py conf/train/buildings.yaml --set fit.crop_px=256 --set fit.batch=8 --steps 20
+    python bench/train.py conf/train/buildings.yaml --set fit.crop_px=256 --set fit.batch=8 --steps 20
 
 Both take turns in one process, with the same network, loss, optimiser, precision and threads, so the ratio holds even
 where the speeds do not. A step of the training draws its crops from the chunks in other processes, augments them,

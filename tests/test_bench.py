@@ -1,0 +1,27 @@
+"""The scripts in bench/ are there for everybody: each can be loaded, and says how it is called."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+SCRIPTS = sorted((Path(__file__).parents[1] / "bench").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_script_loads_and_names_the_command_that_runs_it(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location(f"bench_{script.stem}", script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    assert f"python bench/{script.name}" in (module.__doc__ or "")
+    main = getattr(module, "main", None)
+    if isinstance(main, click.Command):
+        told = CliRunner().invoke(main, ["--help"])
+        assert told.exit_code == 0, told.output
