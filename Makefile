@@ -1,7 +1,10 @@
 # make demo: set up, draw a city, map it, say how good the result is.    make test: set up, run all tests.
+# make bench: the short form of every measurement, with the imagery in SHARED.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= demo-city
+SHARED ?= ../shared
+BANEPA = {images: $(abspath $(SHARED))/data/$(1)/banepa_image.tif, labels: $(abspath $(SHARED))/data/$(1)/banepa_mask.tif}
 
 .PHONY: demo test check format bench clean
 
@@ -19,6 +22,17 @@ check: .venv/installed
 	for folder in pipeline tasks models; do ln -sfn ../../../$$folder build/mypy/segpipe/$$folder; done
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: .venv/installed
+	$(BIN)/python bench/forward.py --side 512 --rounds 3
+	$(BIN)/python bench/read.py --short
+	$(BIN)/python bench/vectorize.py --short
+	$(BIN)/python bench/scale.py --short
+	$(BIN)/python bench/gpu.py --tiles 2 --side 700 --network unet-mobilenetv2
+	$(BIN)/python bench/run.py $(SHARED)/data/banepa/tiles --repeat 1
+	$(BIN)/python bench/naive.py $(SHARED)/data/banepa/tiles
+	$(BIN)/python bench/train.py conf/train/buildings.yaml --steps 5 --set network.initialisation=lecun \
+	  --set 'areas=[$(call BANEPA,train)]' --set 'validate=[$(call BANEPA,val)]'
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

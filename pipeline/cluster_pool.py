@@ -172,7 +172,7 @@ class Distributed:
             with contextlib.suppress(Exception, asyncio.CancelledError):
                 receipt, worker = future.result(timeout=WORKER_TIMEOUT_S)
                 del self._sent[future]
-                self._busy_s += receipt.values["device"].get("network", 0.0) if sent.task.gpu else 0.0
+                self._busy_s += receipt.values.get("device", {}).get("network", 0.0)
                 self._ended.append(Outcome(sent.task, receipt, None, worker))
                 return
         self._done.add(future)
