@@ -11,7 +11,7 @@ from pathlib import Path
 from conftest import FakePredictor, write_city
 from contextlib import contextmanager
 from segpipe.models import field
-from segpipe.pipeline import run, stages
+from segpipe.pipeline import network, run
 from segpipe.pipeline.allocator import spare_memory
 from segpipe.pipeline.cluster import InProcess
 from conftest import map_it
