@@ -9,6 +9,7 @@ The library buildingregulariser is measured beside where it is installed; the pa
 
 from __future__ import annotations
 
+import importlib.util
 import resource
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from segpipe.tasks.vectorize import Buildings, VectorSettings, finish, mask_of, 
 Geometries = NDArray[Any]
 THRESHOLD_U8 = 100
 MODEL = "buildings-mobilenetv2"
+LIBRARY = importlib.util.find_spec("buildingregulariser") is not None
 
 
 def settings(simplify_m: float, regularize: Any) -> VectorSettings:
@@ -134,10 +136,8 @@ def truth_table(folder: Path) -> None:
                 f"orthogonal ({(regular.form == 2).mean():.0%} of them)": regular.geometry,
                 "orthogonal, kept apart": keep_apart(regular, [], lattice).geometry,
             }
-            try:
+            if LIBRARY:
                 rows["buildingregulariser"] = by_library(simple.raw, lattice.pixel_size, 1)[0]
-            except ImportError:
-                print("buildingregulariser is not installed: left out", file=sys.stderr)
             for label, found in rows.items():
                 iou, f1, polis = score(found, shapely.make_valid(truth))
                 corners = shapely.get_num_coordinates(found).mean() - 1
@@ -176,7 +176,7 @@ def seconds_table(folder: Path, count: int) -> None:
         keep_apart(some.take(np.arange(first, min(count, first + 5000))), [], lattice)
     print(f"kept apart: {time.perf_counter() - start:.1f} s")
     few = some.raw[: min(count, 5000)]
-    for cores in (1, 0):
+    for cores in (1, 0) if LIBRARY else ():
         seconds = by_library(few, lattice.pixel_size, cores)[1]
         print(f"buildingregulariser, {len(few):,} buildings, num_cores={cores}: {seconds:.1f} s")
 
