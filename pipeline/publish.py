@@ -32,7 +32,7 @@ from .geopackage import CHANGES_LAYER, add_changes, read_rows, write_geopackage
 from .placing import find_published, place_geopackage
 from .plan import Plan
 from .progress import Listener, StageSums
-from .rasters import PROBABILITY_SCALE, Look, write_cog
+from .rasters import PROBABILITY_SCALE, Look, reading_cog, write_cog
 from .rows import BATCH_ROWS
 from .run_layers import about, add_run_layers
 from .stages import Receipt, Site, cell_unit, read_fragment, read_joined, read_probability, tile_unit
@@ -79,27 +79,21 @@ def publish_all(config: CityConfig, plan: Plan, listener: Listener, homes: Cells
     mask_px = valid_px = 0
     valid: Window | None = None
 
-    def read_mask(window: Window) -> NDArray[np.uint8]:
+    def read_counted(window: Window) -> NDArray[np.uint8]:
         nonlocal mask_px, valid_px, valid
         prob_HW = read_in_area(site, window)
-        mask_HW = mask_of(prob_HW, threshold_u8)
-        mask_px += int(np.count_nonzero(mask_HW))
+        mask_px += int(np.count_nonzero(mask_of(prob_HW, threshold_u8)))
         valid_px += int(np.count_nonzero(prob_HW != INVALID))
         valid = _union(valid, _bounds_of(prob_HW != INVALID, window))
-        return np.where(prob_HW == INVALID, np.uint8(INVALID), mask_HW.astype(np.uint8))
+        return prob_HW
 
     give_freed_memory_back()
     geopackage = partial_path(folder / "buildings.gpkg")
     area = _Sum()
     block_px = min(plan.block_px, ORDER_CELL_PX)
-    write_cog(folder / "mask.tif", read_mask, plan.bounds, plan.lattice, resampling="mode", block_px=block_px)
-    give_freed_memory_back()
-    rows = batches_in_order(site, homes, _imagery(plan, valid))
-    written = write_geopackage(geopackage, area.of(rows), plan.lattice.crs_wkt, about(plan))
-    give_freed_memory_back()
     write_cog(
         folder / "probability.tif",
-        lambda window: read_in_area(site, window),
+        read_counted,
         plan.bounds,
         plan.lattice,
         resampling="average",
@@ -107,6 +101,20 @@ def publish_all(config: CityConfig, plan: Plan, listener: Listener, homes: Cells
         look=Look(PROBABILITY_SCALE, {value: ramp_rgb(value * PROBABILITY_SCALE) for value in range(FULL_U8 + 1)}),
     )
     write_bytes(folder / "probability.qml", PROBABILITY_QML.encode())
+    give_freed_memory_back()
+    # From the raster, which has been compared with what was read: the store is read once, chunk by chunk.
+    with reading_cog(folder / "probability.tif", plan.bounds) as read:
+        write_cog(
+            folder / "mask.tif",
+            lambda window: _mask_or_invalid(read(window), threshold_u8),
+            plan.bounds,
+            plan.lattice,
+            resampling="mode",
+            block_px=block_px,
+        )
+    give_freed_memory_back()
+    rows = batches_in_order(site, homes, _imagery(plan, valid))
+    written = write_geopackage(geopackage, area.of(rows), plan.lattice.crs_wkt, about(plan))
     give_freed_memory_back()
     asked_for = plan.tiles if config.publish.tile_masks else ()
     tile_masks = write_tile_masks(folder, folder / "mask.tif", asked_for, plan.lattice)
@@ -152,6 +160,11 @@ def publish_all(config: CityConfig, plan: Plan, listener: Listener, homes: Cells
         tile_masks=tuple(tile_masks),
         files=tuple(files),
     )
+
+
+def _mask_or_invalid(prob_HW: NDArray[np.uint8], threshold_u8: int) -> NDArray[np.uint8]:
+    """1 where there is a building, 0 where there is none, 255 where nothing is known."""
+    return np.where(prob_HW == INVALID, np.uint8(INVALID), mask_of(prob_HW, threshold_u8).astype(np.uint8))
 
 
 def _other_formats(config: CityConfig, plan: Plan, geopackage: Path) -> list[str]:

@@ -140,9 +140,10 @@ def facing_labels(one: Sides, other: Sides) -> tuple[NDArray[np.int32], NDArray[
 def facing_pairs(labels_a: NDArray[np.int32], labels_b: NDArray[np.int32]) -> NDArray[np.int64]:
     """Different pairs (a, b) of labels that face each other over a seam, as an array of two columns; 0 is no label."""
     both = (labels_a > 0) & (labels_b > 0)
-    pairs = np.stack([labels_a[both], labels_b[both]], axis=1).astype(np.int64)
-    changes = np.append(True, (pairs[1:] != pairs[:-1]).any(axis=1))[: len(pairs)]
-    return np.unique(pairs[changes], axis=0)
+    # One number a pair: sorting rows of an array takes ten times as long.
+    keys = (labels_a[both].astype(np.int64) << 32) + labels_b[both]
+    keys = np.unique(keys[np.append(True, keys[1:] != keys[:-1])[: len(keys)]])
+    return np.stack([keys >> 32, keys & 0xFFFFFFFF], axis=1)
 
 
 def group_nodes(pairs: NDArray[np.int64], count: int) -> NDArray[np.int64]:
