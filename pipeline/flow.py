@@ -17,7 +17,7 @@ import numpy as np
 from segpipe.tasks.errors import DamageError, RunError, StorageError, TileError, UnreachableError
 from segpipe.tasks.files import file_stamp
 from segpipe.tasks.fragments import sides_from_bytes
-from segpipe.tasks.grid import Window
+from segpipe.tasks.grid import Cells, CellWindows, Window
 from segpipe.tasks.predict import reach
 from segpipe.tasks.seams import Joins, plan_joins
 
@@ -58,7 +58,11 @@ class Flow:
         self._successes = 0
         self.failures: list[tuple[str, str, BaseException]] = []
         self.newly_skipped: dict[int, str] = {}
-        self._chunk_key = lru_cache(maxsize=8192)(self._key_of_chunk)
+        # What is asked for again by the next block or by the next row of them, and no more than that.
+        rows_seen = (plan.block_px + 2 * (plan.recipe.halo_px + plan.card.stride)) // plan.chunk_px + 2
+        self._chunk_key = lru_cache(maxsize=rows_seen * self._chunks.shape[1])(self._key_of_chunk)
+        self._chunks_under = lru_cache(maxsize=LOOK_AHEAD)(self._chunks_seen_by)
+        self._predict_key = lru_cache(maxsize=4 * LOOK_AHEAD)(self._key_of_block)
 
     def run(self) -> None:
         """Carry every block as far as it goes. What failed is in `failures`, tiles to be skipped in `newly_skipped`."""
@@ -90,8 +94,7 @@ class Flow:
     # A block's way
 
     def _admit(self, block: Block) -> None:
-        plan = self._plan
-        tiles = {t for chunk in self._chunks_under(block) for t in plan.tiles_in(Window.cell(*chunk, plan.chunk_px))}
+        tiles = self._tiles_under(block)
         wanted: list[tuple[str, int | Chunk]] = []
         for tile in sorted(tiles - self._skipped.keys() - self._digests.keys()):
             if tile in self._failed_tiles:
@@ -107,7 +110,7 @@ class Flow:
 
     def _tiles_are_known(self, block: Block) -> None:
         del self._missing[block]
-        if any(tile in self.newly_skipped for tile in self._tiles_under(block)):
+        if self.newly_skipped and not self._tiles_under(block).isdisjoint(self.newly_skipped):
             return
         ledger, unit, key = self._site.ledger, cell_unit(*block), self._predict_key(block)
         if ledger.done("predict", unit, key) is not None:
@@ -232,13 +235,13 @@ class Flow:
     def _key_of_chunk(self, chunk: Chunk) -> str:
         return stages.chunk_key(self._plan, chunk, [(t, self._digests[t]) for t in self._readable_tiles(chunk)])
 
-    def _predict_key(self, block: Block) -> str:
+    def _key_of_block(self, block: Block) -> str:
         chunks = [(chunk, self._chunk_key(chunk)) for chunk in self._chunks_under(block)]
         return stages.predict_key(self._plan, block, chunks)
 
     # Where things lie
 
-    def _chunks_under(self, block: Block) -> list[Chunk]:
+    def _chunks_seen_by(self, block: Block) -> list[Chunk]:
         plan = self._plan
         return plan.chunks_in(reach(plan.core(*block), plan.recipe.halo_px, plan.card.stride))
 
@@ -257,22 +260,26 @@ class Flow:
         self._chunks[chunk[0] - self._origin[0], chunk[1] - self._origin[1]] = state
 
 
-def run_joins(plan: Plan, pool: Pool, listener: Listener) -> list[Block]:
+def run_joins(plan: Plan, pool: Pool, listener: Listener) -> Cells:
     """Unite the buildings that seams have cut; returns the blocks that are home of one. RunError if one fails."""
     site = Site(plan)
-    blocks = list(plan.blocks())
+    blocks = Cells(plan.blocks())
     fragments = site.folder.each(lambda block: stages.read_fragment(site, *block), blocks)
-    joins = plan_joins([plan.core(*block) for block in blocks], lambda _: sides_from_bytes(next(fragments)))
-    homes = np.unique(joins.home).tolist()
+    joins = plan_joins(CellWindows(blocks, plan.block_px), lambda _: sides_from_bytes(next(fragments)))
+    homes = np.unique(joins.home)
     listener.expect("join", len(homes))
+    # A building is joined at most a few rows of blocks from where its home's other buildings are.
+    key_of = lru_cache(maxsize=4 * plan.layout.grid.width // plan.block_px + LOOK_AHEAD)(
+        lambda block: stages.key_in_ledger(site, "vectorize", block)
+    )
     failures: list[tuple[str, BaseException]] = []
-    waiting = iter(homes)
+    waiting = map(int, homes)
     in_flight, more = 0, True
     while more or in_flight:
         while more and in_flight < pool.capacity:
             home = next(waiting, None)
             more = home is not None
-            if home is not None and (task := _join_task(site, blocks, joins.at(home), home)) is not None:
+            if home is not None and (task := _join_task(site, blocks, joins.at(home), home, key_of)) is not None:
                 pool.submit(task)
                 in_flight += 1
             elif home is not None:
@@ -292,15 +299,15 @@ def run_joins(plan: Plan, pool: Pool, listener: Listener) -> list[Block]:
         unit, error = failures[0]
         kind = DamageError if isinstance(error, DamageError) else RunError
         raise kind(f"joining at block {unit}: {error}")
-    return [blocks[home] for home in homes]
+    return blocks.take(homes)
 
 
-def _join_task(site: Site, blocks: list[Block], joins: Joins, home: int) -> Task | None:
-    """The task of one home block, None if it is done."""
-    members = np.unique(joins.block).tolist()
-    pieces = [(cell_unit(*blocks[n]), stages.key_in_ledger(site, "vectorize", blocks[n])) for n in members]
-    local = type(joins)(joins.home, joins.building, np.searchsorted(members, joins.block).astype(np.int32), joins.label)
-    around = tuple(blocks[n] for n in members)
+def _join_task(site: Site, blocks: Cells, joins: Joins, home: int, key_of: Callable[[Block], str]) -> Task | None:
+    """The task of one home block, None if it is done. key_of: the key of a block's fragment."""
+    members, place = np.unique(joins.block, return_inverse=True)
+    around = tuple(blocks[int(member)] for member in members)
+    pieces = [(cell_unit(*block), key_of(block)) for block in around]
+    local = type(joins)(joins.home, joins.building, place.astype(np.int32), joins.label)
     key = stages.join_key(site.plan, local, around, pieces)
     if site.ledger.done("join", cell_unit(*blocks[home]), key) is not None:
         return None

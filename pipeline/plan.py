@@ -8,14 +8,13 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 import psutil
-import shapely
 from affine import Affine
 
 from segpipe.models.initialise import cache_folder
@@ -23,7 +22,7 @@ from segpipe.models.weights import BundleError, Card, check_module, file_digest,
 from segpipe.tasks.bucket import BucketFolder, Storage
 from segpipe.tasks.errors import TileError, UserError
 from segpipe.tasks.files import is_remote
-from segpipe.tasks.grid import Lattice, Window
+from segpipe.tasks.grid import Lattice, Window, WindowIndex
 from segpipe.tasks.grid import ground_pixel_m as pixel_m_of_raster
 from segpipe.tasks.mosaic import Mosaic
 from segpipe.tasks.predict import reach
@@ -229,8 +228,7 @@ class Plan:
 
     def tiles_in(self, window: Window) -> list[int]:
         """Indices of the tiles that a window meets, in the order of the list."""
-        found = self._index.query(_box(window))
-        return sorted(int(i) for i in found if self.tiles[i].cover.intersect(window).pixels)
+        return self._index.meeting(window)
 
     def min_nodata_pixels(self, tile: int) -> int:
         """The least pixels of a nodata patch, at the tile's own ground resolution."""
@@ -252,8 +250,8 @@ class Plan:
             yield from ((row, col) for col in sorted(cols))
 
     @cached_property
-    def _index(self) -> shapely.STRtree:
-        return shapely.STRtree([_box(tile.cover) for tile in self.tiles])
+    def _index(self) -> WindowIndex:
+        return WindowIndex([tile.cover for tile in self.tiles])
 
 
 def _seen(grid: Window, area: District | None, recipe: Recipe, stride: int) -> Window:
@@ -263,16 +261,13 @@ def _seen(grid: Window, area: District | None, recipe: Recipe, stride: int) -> W
     return area.window.pad(2 * recipe.halo_px + recipe.block_px + stride + 1).intersect(grid)
 
 
-def _box(window: Window) -> shapely.Polygon:
-    return shapely.box(window.col_off, window.row_off, window.col_stop, window.row_stop)
-
-
 def _ground_m_of(mosaic: Mosaic, window: Window) -> float:
     row, col = window.row_off + window.height / 2, window.col_off + window.width / 2
     place = Affine(*mosaic.transform)
     return float(pixel_m_of_raster(mosaic.crs_wkt, place, np.array([row]), np.array([col]))[0])
 
 
+@lru_cache(maxsize=4096)
 def ground_pixel_m(lattice: Lattice, window: Window) -> float:
     """Ground metres of a pixel at the centre of a window."""
     row, col = window.row_off + window.height / 2, window.col_off + window.width / 2

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from segpipe.tasks.attributes import Imagery, publishable
 from segpipe.tasks.files import tile_name
 from segpipe.tasks.fragments import finished_from_bytes
-from segpipe.tasks.grid import Window
+from segpipe.tasks.grid import Cells, Window
 from segpipe.tasks.neighbours import bounds_of, keep_apart
 from segpipe.tasks.predict import INVALID
 from segpipe.tasks.regularize import REACH_PX
@@ -32,7 +32,7 @@ from .geopackage import CHANGES_LAYER, add_changes, read_rows, write_geopackage
 from .placing import find_published, place_geopackage
 from .plan import Plan
 from .progress import Listener, StageSums
-from .rasters import PROBABILITY_SCALE, Look, write_cog
+from .rasters import PROBABILITY_SCALE, Look, reading_cog, write_cog
 from .rows import BATCH_ROWS
 from .run_layers import about, add_run_layers
 from .stages import Receipt, Site, cell_unit, read_fragment, read_joined, read_probability, tile_unit
@@ -70,9 +70,7 @@ class Published:
     files: tuple[str, ...]
 
 
-def publish_all(
-    config: CityConfig, plan: Plan, listener: Listener, homes: list[Block], skipped: dict[int, str]
-) -> Published:
+def publish_all(config: CityConfig, plan: Plan, listener: Listener, homes: Cells, skipped: dict[int, str]) -> Published:
     """Write GeoPackage, rasters, preview and report beside, check them, and rename them into place."""
     start = time.perf_counter()
     listener.expect("publish", 1)
@@ -83,27 +81,21 @@ def publish_all(
     mask_px = valid_px = 0
     valid: Window | None = None
 
-    def read_mask(window: Window) -> NDArray[np.uint8]:
+    def read_counted(window: Window) -> NDArray[np.uint8]:
         nonlocal mask_px, valid_px, valid
         prob_HW = read_in_area(site, window)
-        mask_HW = mask_of(prob_HW, threshold_u8)
-        mask_px += int(np.count_nonzero(mask_HW))
+        mask_px += int(np.count_nonzero(mask_of(prob_HW, threshold_u8)))
         valid_px += int(np.count_nonzero(prob_HW != INVALID))
         valid = _union(valid, _bounds_of(prob_HW != INVALID, window))
-        return np.where(prob_HW == INVALID, np.uint8(INVALID), mask_HW.astype(np.uint8))
+        return prob_HW
 
     give_freed_memory_back()
     geopackage = partial_path(folder / "buildings.gpkg")
     area = _Sum()
     block_px = min(plan.block_px, ORDER_CELL_PX)
-    write_cog(folder / "mask.tif", read_mask, plan.bounds, plan.lattice, resampling="mode", block_px=block_px)
-    give_freed_memory_back()
-    rows = batches_in_order(site, homes, _imagery(plan, valid))
-    written = write_geopackage(geopackage, area.of(rows), plan.lattice.crs_wkt, about(plan))
-    give_freed_memory_back()
     write_cog(
         folder / "probability.tif",
-        lambda window: read_in_area(site, window),
+        read_counted,
         plan.bounds,
         plan.lattice,
         resampling="average",
@@ -111,6 +103,20 @@ def publish_all(
         look=Look(PROBABILITY_SCALE, {value: ramp_rgb(value * PROBABILITY_SCALE) for value in range(FULL_U8 + 1)}),
     )
     write_bytes(folder / "probability.qml", PROBABILITY_QML.encode())
+    give_freed_memory_back()
+    # From the raster, which has been compared with what was read: the store is read once, chunk by chunk.
+    with reading_cog(folder / "probability.tif", plan.bounds) as read:
+        write_cog(
+            folder / "mask.tif",
+            lambda window: _mask_or_invalid(read(window), threshold_u8),
+            plan.bounds,
+            plan.lattice,
+            resampling="mode",
+            block_px=block_px,
+        )
+    give_freed_memory_back()
+    rows = batches_in_order(site, homes, _imagery(plan, valid))
+    written = write_geopackage(geopackage, area.of(rows), plan.lattice.crs_wkt, about(plan))
     give_freed_memory_back()
     asked_for = plan.tiles if config.publish.tile_masks else ()
     tile_masks = write_tile_masks(folder, folder / "mask.tif", asked_for, plan.lattice)
@@ -157,6 +163,11 @@ def publish_all(
         tile_masks=tuple(tile_masks),
         files=tuple(files),
     )
+
+
+def _mask_or_invalid(prob_HW: NDArray[np.uint8], threshold_u8: int) -> NDArray[np.uint8]:
+    """1 where there is a building, 0 where there is none, 255 where nothing is known."""
+    return np.where(prob_HW == INVALID, np.uint8(INVALID), mask_of(prob_HW, threshold_u8).astype(np.uint8))
 
 
 def _other_formats(config: CityConfig, plan: Plan, geopackage: Path) -> list[str]:
@@ -250,21 +261,20 @@ def _imagery(plan: Plan, valid: Window | None) -> Imagery:
     return Imagery(names, windows, valid if plan.area is None else None)
 
 
-def batches_in_order(site: Site, homes: list[Block], imagery: Imagery) -> Iterator[pa.RecordBatch]:
+def batches_in_order(site: Site, homes: Cells, imagery: Imagery) -> Iterator[pa.RecordBatch]:
     """All buildings that meet the area in the order of the lattice, in batches of at most BATCH_ROWS rows.
 
     Their outlines are as asked for, or raw where they would overlap a neighbour's. At most the buildings of the blocks
     under one cell of the order are held, and those beside it that touch the bounds of one of its own.
     """
     plan = site.plan
-    home_set = set(homes)
     neighbours = _Neighbours(site, homes)
     cache: OrderedDict[Block, Buildings] = OrderedDict()
     blocks_per_cell = (-(-ORDER_CELL_PX // plan.block_px) + 1) ** 2
 
     def read(block: Block) -> Buildings:
         parts = [finished_from_bytes(read_fragment(site, *block))]
-        if block in home_set:
+        if block in homes:
             parts.append(read_joined(site, *block))
         return Buildings.concatenate(parts)
 
@@ -306,25 +316,39 @@ def batches_in_order(site: Site, homes: list[Block], imagery: Imagery) -> Iterat
 class _Neighbours:
     """Which blocks hold buildings that may be in the way of others."""
 
-    def __init__(self, site: Site, homes: list[Block]) -> None:
-        self._plan = site.plan
-        reaches = [_joined_at(site, home).get("reach") for home in homes]
-        self._homes = np.array([home for home, reach in zip(homes, reaches, strict=True) if reach], int).reshape(-1, 2)
-        self._reach = np.array([reach for reach in reaches if reach], np.float64).reshape(-1, 4)
+    def __init__(self, site: Site, homes: Cells) -> None:
+        self._plan, self._homes = site.plan, homes
+        reaches = (_joined_at(site, home).get("reach") or _NOWHERE for home in homes)
+        self._reach = np.fromiter((edge for reach in reaches for edge in reach), np.float64).reshape(-1, 4)
+        self._far = np.flatnonzero([self._goes_far(*it) for it in zip(homes, self._reach, strict=True)])
+
+    def _goes_far(self, home: Block, reach: NDArray[np.float64]) -> bool:
+        """Whether joined buildings reach beyond the blocks around their home."""
+        around, px = self._plan.core(*home).pad(self._plan.block_px), reach.tolist()
+        inside = px[0] >= around.col_off and px[1] >= around.row_off
+        return px != [*_NOWHERE] and not (inside and px[2] <= around.col_stop and px[3] <= around.row_stop)
 
     def blocks(self, buildings: Buildings) -> list[Block]:
         """Blocks under or beside the bounds of these, and those whose joined buildings reach there, in order."""
         if not len(buildings):
             return []
         found: set[Block] = set()
-        bounds = bounds_of(buildings)
+        block_px, bounds = self._plan.block_px, bounds_of(buildings)
         grown = np.floor(bounds + np.array([-REACH_PX, -REACH_PX, REACH_PX, REACH_PX])).astype(np.int64)
-        for left, top, right, bottom in np.unique(grown // self._plan.block_px, axis=0).tolist():
+        for left, top, right, bottom in np.unique(grown // block_px, axis=0).tolist():
             found.update((row, col) for row in range(top, bottom + 1) for col in range(left, right + 1))
         least, most = bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)
-        meets = (self._reach[:, :2] <= most).all(axis=1) & (self._reach[:, 2:] >= least).all(axis=1)
-        found.update((row, col) for row, col in self._homes[meets].tolist())
+        (left, top), (right, bottom) = (np.floor(it / block_px).astype(np.int64).tolist() for it in (least, most))
+        # A block further on can only be in the way if its buildings go far, and those are few.
+        near = (self._homes.within(row, left - 2, right + 2) for row in range(top - 2, bottom + 2))
+        places = np.concatenate([self._far, *(np.arange(it.start, it.stop) for it in near)])
+        reach = self._reach[places]
+        meets = (reach[:, :2] <= most).all(axis=1) & (reach[:, 2:] >= least).all(axis=1)
+        found.update(self._homes[place] for place in places[meets].tolist())
         return sorted(block for block in found if self._plan.is_predicted(block))
+
+
+_NOWHERE = (np.inf, np.inf, -np.inf, -np.inf)
 
 
 def _first_pixel_in(buildings: Buildings, window: Window, wanted: bool = True) -> Buildings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,6 +78,18 @@ def write_cog(
     finally:
         remove_with_siblings(flat)
         remove_with_siblings(cog)
+
+
+@contextmanager
+def reading_cog(path: Path, bounds: Window) -> Iterator[Callable[[Window], NDArray[np.uint8]]]:
+    """Read windows of the lattice, uint8 (height, width), from a raster that covers bounds, while the block runs."""
+    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES), rasterio.open(path) as raster:
+
+        def read(window: Window) -> NDArray[np.uint8]:
+            pixels_HW: NDArray[np.uint8] = raster.read(1, window=_rasterio_window(window, bounds))
+            return pixels_HW
+
+        yield read
 
 
 GDAL_CACHE_BYTES = 16 * 2**20

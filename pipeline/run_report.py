@@ -17,7 +17,8 @@ from .imagery import imagery_of
 from .inputs import versions
 from .plan import Plan, ground_pixel_m
 from .progress import told_of_device
-from .publish import Published, read_in_area
+from .publish import Published
+from .rasters import reading_cog
 from .report_charts import areas_chart, confidences_chart, read_spans, timeline_chart
 from .report_map import TileKind, TileMark, draw_map
 from .stages import Site
@@ -36,14 +37,15 @@ OUTPUTS = (
 def write_preview_and_report(config: CityConfig, plan: Plan, published: Published, started: float) -> None:
     """Draw the footprints over the imagery, and say on one page what was done. started: when, in s of the epoch."""
     site, folder = Site(plan), plan.output
-    plain = report.write_preview(
-        folder / "preview.png",
-        lambda window: imagery_of(site, window, published.skipped.keys()),
-        lambda window: read_in_area(site, window) != INVALID,
-        plan.bounds,
-        plan.lattice,
-        published.geopackage,
-    )
+    with reading_cog(folder / "mask.tif", plan.bounds) as read_mask:
+        plain = report.write_preview(
+            folder / "preview.png",
+            lambda window: imagery_of(site, window, published.skipped.keys()),
+            lambda window: read_mask(window) != INVALID,
+            plan.bounds,
+            plan.lattice,
+            published.geopackage,
+        )
     city_map = draw_map(
         plain.picture, plain.factor, plan.bounds, plan.lattice, published.geopackage, _marks(plan, published)
     )

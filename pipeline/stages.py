@@ -363,7 +363,8 @@ def read_fragment(site: Site, row: int, col: int) -> bytes:
 def read_joined(site: Site, row: int, col: int) -> Buildings:
     """The joined buildings that have their first pixel in a block, compared with the ledger's checksum."""
     data = _checked(site, "join", row, col, joined_name(row, col))
-    return Buildings.from_arrow(pa.ipc.open_file(data).get_batch(0))
+    # In this thread: so little is decompressed that handing it to others takes longer.
+    return Buildings.from_arrow(pa.ipc.open_file(data, options=pa.ipc.IpcReadOptions(use_threads=False)).get_batch(0))
 
 
 def _to_ipc(batch: pa.RecordBatch) -> bytes:

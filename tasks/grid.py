@@ -7,7 +7,8 @@ the origin of the CRS, not from the city's corner, so they are often negative an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -78,6 +79,17 @@ class Window:
         """True if every pixel of other is in this window."""
         return self.intersect(other) == other
 
+    def meets(self, other: Window) -> bool:
+        """True if the two have a pixel in common."""
+        return (
+            self.row_off < other.row_off + other.height
+            and other.row_off < self.row_off + self.height
+            and self.col_off < other.col_off + other.width
+            and other.col_off < self.col_off + self.width
+            and self.pixels > 0
+            and other.pixels > 0
+        )
+
     def within(self, outer: Window) -> tuple[slice, slice]:
         """Slices that cut this window out of an array that covers outer."""
         row, col = self.row_off - outer.row_off, self.col_off - outer.col_off
@@ -117,6 +129,104 @@ class Window:
 
 def _floor_to(value: int, step: int) -> int:
     return value // step * step
+
+
+class Cells(Collection[tuple[int, int]]):
+    """Absolute indices (row, col) of many cells, rising row by row: 8 bytes each, where a list of pairs takes 120."""
+
+    def __init__(self, cells: Iterable[tuple[int, int]]) -> None:
+        self._keys = np.fromiter((_key_of_cell(*cell) for cell in cells), np.int64)
+        if (np.diff(self._keys) <= 0).any():
+            raise ValueError("cells out of order: expected each once, row by row")
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return (_cell_of_key(int(key)) for key in self._keys)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return _cell_of_key(int(self._keys[index]))
+
+    def __contains__(self, cell: object) -> bool:
+        if not isinstance(cell, tuple):
+            return False
+        row, col = cell
+        return len(self.within(row, col, col + 1)) > 0
+
+    def within(self, row: int, col: int, col_stop: int) -> range:
+        """Places of those in one row, from a column up to another one."""
+        ends = [_key_of_cell(row, col), _key_of_cell(row, col_stop)]
+        return range(*np.searchsorted(self._keys, np.array(ends, np.int64)).tolist())
+
+    def take(self, places: Iterable[int]) -> Cells:
+        """Those at rising places."""
+        return Cells(self[place] for place in places)
+
+
+def _key_of_cell(row: int, col: int) -> int:
+    return (row << 32) + col
+
+
+def _cell_of_key(key: int) -> tuple[int, int]:
+    row = (key + 2**31) >> 32
+    return row, key - (row << 32)
+
+
+@dataclass(frozen=True)
+class CellWindows(Collection[Window]):
+    """The windows of cells of step x step pixels, each made when its turn comes."""
+
+    cells: Cells
+    step: int
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __iter__(self) -> Iterator[Window]:
+        return (Window.cell(*cell, self.step) for cell in self.cells)
+
+    def __contains__(self, window: object) -> bool:
+        return any(window == one for one in self)
+
+
+class WindowIndex:
+    """Windows, to be asked again and again which of them another window meets.
+
+    They are entered in the cells of a coarse grid. Its step is about a window's side, and as much larger as it takes
+    that the cells of all windows together are few for each of them: one may be as large as a thousand others.
+    """
+
+    def __init__(self, windows: Sequence[Window]) -> None:
+        self._windows = tuple(windows)
+        sides = sorted(max(1, *window.shape_yx) for window in self._windows)
+        self._step = sides[len(sides) // 2] if sides else 1
+        while sum(_cell_count(window, self._step) for window in self._windows) > 8 * len(self._windows):
+            self._step *= 2
+        cells: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, window in enumerate(self._windows):
+            for cell in window.cells(self._step):
+                cells[cell].append(index)
+        self._cells = dict(cells)
+
+    def meeting(self, window: Window) -> list[int]:
+        """Indices of the windows that have a pixel in common with one, in their order."""
+        count = _cell_count(window, self._step)
+        if count == 1:
+            found: Iterable[int] = self._cells.get((window.row_off // self._step, window.col_off // self._step), ())
+        elif count < len(self._cells):
+            found = sorted({index for cell in window.cells(self._step) for index in self._cells.get(cell, ())})
+        else:
+            found = range(len(self._windows))
+        return [index for index in found if self._windows[index].meets(window)]
+
+
+def _cell_count(window: Window, step: int) -> int:
+    """How many cells of step x step pixels a window meets."""
+    if not window.pixels:
+        return 0
+    rows = (window.row_stop - 1) // step - window.row_off // step + 1
+    return rows * ((window.col_stop - 1) // step - window.col_off // step + 1)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyproj import CRS, Geod, Transformer
 
-from segpipe.tasks.grid import Lattice, Window
+from segpipe.tasks.grid import Cells, CellWindows, Lattice, Window, WindowIndex
 
 SMALL = st.integers(-60, 60)
 SIDE = st.integers(0, 40)
@@ -91,6 +91,43 @@ def test_a_cell_of_several_steps_is_whole_cells_of_one(window: Window, step: int
         inside = list(Window.cell(row, col, step * factor).cells(step))
         assert len(inside) == factor**2
         assert all((r // factor, c // factor) == (row, col) for r, c in inside)
+
+
+@given(st.lists(WINDOWS, max_size=12), st.integers(1, 60), st.lists(WINDOWS, max_size=8))
+def test_an_index_finds_the_windows_that_share_a_pixel_with_another_one_in_their_order(
+    windows: list[Window], times: int, asked: list[Window]
+) -> None:
+    # One of them may be as large as many others.
+    windows = [*windows, Window(-60, -60, times, 60 * times)]
+    index = WindowIndex(windows)
+    for window in [*asked, Window(-4000, -4000, 8000, 8000)]:
+        expected = [n for n, one in enumerate(windows) if one.intersect(window).pixels]
+        assert index.meeting(window) == expected
+        assert expected == [n for n, one in enumerate(windows) if one.meets(window)]
+
+
+CELLS = st.sets(st.tuples(st.integers(-(2**24), 2**24), st.integers(-(2**24), 2**24)) | st.tuples(SMALL, SMALL))
+
+
+@given(CELLS, SMALL, SMALL, SIDE)
+def test_cells_are_what_a_sorted_list_of_them_would_be(
+    cells: set[tuple[int, int]], row: int, col: int, count: int
+) -> None:
+    rising = sorted(cells)
+    held = Cells(rising)
+    assert [*held] == [held[n] for n in range(len(held))] == rising
+    assert [held[n] for n in held.within(row, col, col + count)] == [
+        cell for cell in rising if cell[0] == row and col <= cell[1] < col + count
+    ]
+    assert ((row, col) in held) == ((row, col) in cells)
+    assert [*held.take(range(0, len(held), 2))] == rising[::2]
+    assert [*CellWindows(held, 7)] == [Window.cell(*cell, 7) for cell in rising]
+
+
+def test_cells_out_of_order_or_twice_are_refused() -> None:
+    for cells in [(0, 1), (0, 0)], [(0, 1), (0, 1)]:
+        with pytest.raises(ValueError, match="out of order"):
+            Cells(cells)
 
 
 def test_a_window_with_a_negative_side_is_refused() -> None:
