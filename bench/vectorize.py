@@ -47,8 +47,9 @@ from scipy.ndimage import gaussian_filter
 
 from segpipe.tasks.fragments import border_from_bytes, finished_from_bytes, fragment_to_bytes, sides_from_bytes
 from segpipe.tasks.grid import Lattice, Window
+from segpipe.tasks.predict import INVALID
 from segpipe.tasks.seams import Joins, collect, join, plan_joins
-from segpipe.tasks.vectorize import INVALID_U8, Buildings, VectorSettings, finish, mask_of, vectorize_block
+from segpipe.tasks.vectorize import Buildings, VectorSettings, finish, mask_of, vectorize_block
 
 THRESHOLD_U8 = 125
 AS_THEY_ARE = VectorSettings(THRESHOLD_U8, 0, 0, 0)
@@ -107,7 +108,7 @@ def town(window: Window) -> NDArray[np.uint8]:
             there_HW = prob_HW[part.within(around)]
             np.maximum(there_HW, houses()[kind][part.within(lies)], out=there_HW)
     for quarter in bare:
-        prob_HW[quarter.within(around)] = INVALID_U8
+        prob_HW[quarter.within(around)] = INVALID
     return prob_HW[window.within(around)]
 
 
@@ -145,7 +146,7 @@ class Job:
 
     def read(self, window: Window) -> NDArray[np.uint8]:
         """prob_HW of any window, 255 outside the town."""
-        prob_HW = np.full(window.shape_yx, INVALID_U8, np.uint8)
+        prob_HW = np.full(window.shape_yx, INVALID, np.uint8)
         whole, across = Window(0, 0, self.side, self.side), -(-self.side // self.block_px)
         for row, col in window.intersect(whole).cells(self.block_px):
             block = Window.cell(row, col, self.block_px).intersect(whole)

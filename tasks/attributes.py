@@ -13,9 +13,10 @@ import pyarrow as pa
 import shapely
 from numpy.typing import NDArray
 
+from .edges import edge_pixels
 from .grid import Lattice, Window
 from .outlines import Geometries
-from .vectorize import FORMS, FULL_U8, Buildings, building_ids, edge_pixels, to_crs
+from .vectorize import FORMS, FULL_U8, Buildings, building_ids, to_crs
 
 SCHEMA = pa.schema(
     [
