@@ -71,11 +71,16 @@ class Imagery:
 
     def ends_at(self, outlines: Geometries) -> NDArray[np.bool_]:
         """True for raw outlines with a 4-neighbour in no tile, or beyond the bounds of all valid pixels."""
-        _, _, row, col, index = edge_pixels(outlines)
+        ends = np.zeros(len(outlines), np.bool_)
+        # Most lie in one tile with all their neighbours: of the others each neighbour is looked at.
+        inside = np.zeros(len(outlines), np.bool_)
+        around = shapely.box(*(shapely.bounds(outlines) + np.array([-1, -1, 1, 1])).T)
+        inside[self._valid.query(around, predicate="covered_by")[0]] = True
+        others = np.flatnonzero(~inside)
+        _, _, row, col, index = edge_pixels(outlines[others])
         beyond = np.ones(len(row), np.bool_)
         beyond[self._valid.query(shapely.points(col + 0.5, row + 0.5), predicate="intersects")[0]] = False
-        ends = np.zeros(len(outlines), np.bool_)
-        ends[index[beyond]] = True
+        ends[others[index[beyond]]] = True
         return ends
 
 
