@@ -92,13 +92,13 @@ def _number_by_first(label: Int64s) -> Int64s:
     """Renumber labels from 0 in the order in which they first occur."""
     if not label.size:
         return label
-    order = np.argsort(_first_of(label, int(label.max()) + 1))
+    order = np.argsort(first_of(label, int(label.max()) + 1))
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     return rank[label]
 
 
-def _first_of(label: Int64s, count: int) -> Int64s:
+def first_of(label: Int64s, count: int) -> Int64s:
     """Index of the first element of every label 0 to count - 1."""
     first = np.full(count, len(label), np.int64)
     np.minimum.at(first, label, np.arange(len(label)))
@@ -133,7 +133,7 @@ def trace(segments: Segments, regions: int, row_off: int = 0, col_off: int = 0) 
     follower = _followers(segments)
     ring = _components(np.arange(count + 1), follower, "strong")
     # The smallest (row, col) vertex of a ring is the top of its first segment. A region's shell comes before its holes.
-    first = _first_of(ring, int(ring.max()) + 1)
+    first = first_of(ring, int(ring.max()) + 1)
     first = first[np.lexsort((first, segments.label[first]))]
     order = _walk(follower, first)
     begins = np.where(segments.starts, segments.bottom, segments.top)[order]

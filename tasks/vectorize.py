@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from .edges import CELL_PX, Edges, edges_of_mask, edges_of_outlines
 from .grid import Lattice, Window
-from .outlines import Geometries, Int64s, Runs, find_runs, ranges, segments_of, trace
+from .outlines import Geometries, Int64s, Runs, find_runs, first_of, ranges, segments_of, trace
 from .regularize import orthogonal
 
 FULL_U8 = 250
@@ -219,7 +219,7 @@ def polygonize(
     pixels, prob_sum = np.zeros(runs.regions, np.int64), np.zeros(runs.regions, np.int64)
     np.add.at(pixels, runs.label, length)
     np.add.at(prob_sum, runs.label, run_sum)
-    first = np.unique(runs.label, return_index=True)[1]
+    first = first_of(runs.label, runs.regions)
     components = Components(
         key_row=runs.row[first] + row_off,
         key_col=runs.col[first] + col_off,
