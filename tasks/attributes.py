@@ -61,13 +61,24 @@ class Imagery:
 
     def tiles_under(self, outlines: Geometries) -> list[str]:
         """Names of the tiles that have a pixel in common with each outline, in the order of the list."""
-        outline, tile = self._tiles.query(outlines, predicate="intersects")
-        shared = ~shapely.touches(outlines[outline], self._boxes[tile])
-        names: list[list[str]] = [[] for _ in outlines]
-        for index in np.lexsort((tile, outline)).tolist():
-            if shared[index]:
-                names[outline[index]].append(self._names[tile[index]])
-        return [", ".join(of_one) for of_one in names]
+        bounds, sides = shapely.bounds(outlines), shapely.bounds(self._boxes)
+        outline, tile = self._tiles.query(shapely.box(*bounds.T))
+        low, high = bounds[outline] >= sides[tile], bounds[outline] <= sides[tile]
+        shared = low[:, :2].all(axis=1) & high[:, 2:].all(axis=1)
+        # Within a tile by its bounds, an outline lies on it; of the others it is asked exactly.
+        unsure = np.flatnonzero(~shared)
+        some, boxes = outlines[outline[unsure]], self._boxes[tile[unsure]]
+        shared[unsure] = shapely.intersects(some, boxes) & ~shapely.touches(some, boxes)
+        outline, tile = outline[shared], tile[shared]
+        order = np.lexsort((tile, outline))
+        first = np.searchsorted(outline[order], np.arange(len(outlines) + 1))
+        under = np.full(len(outlines), "", np.object_)
+        alone = np.flatnonzero(np.diff(first) == 1)
+        under[alone] = np.array(self._names, np.object_)[tile[order[first[alone]]]]
+        for index in np.flatnonzero(np.diff(first) > 1).tolist():
+            under[index] = ", ".join(self._names[it] for it in tile[order[first[index] : first[index + 1]]].tolist())
+        names: list[str] = under.tolist()
+        return names
 
     def ends_at(self, outlines: Geometries) -> NDArray[np.bool_]:
         """True for raw outlines with a 4-neighbour in no tile, or beyond the bounds of all valid pixels."""
