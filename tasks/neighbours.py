@@ -49,9 +49,8 @@ def _meeting(part: Buildings, tree: shapely.STRtree, bounds: NDArray[np.float64]
     """Those whose bounds meet some of these bounds, which a tree holds as boxes."""
     own = bounds_of(part)
     # Most are far from all of them: no box is made of those.
-    close = (own[:, :2] <= bounds[:, 2:].max(axis=0)).all(axis=1) & (own[:, 2:] >= bounds[:, :2].min(axis=0)).all(
-        axis=1
-    )
+    least, most = bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)
+    close = (own[:, :2] <= most).all(axis=1) & (own[:, 2:] >= least).all(axis=1)
     chosen = np.flatnonzero(close)
     return part.take(chosen[np.unique(tree.query(shapely.box(*own[chosen].T))[0])])
 
