@@ -44,6 +44,13 @@ ORDER_CELL_PX = 4096
 """Buildings are published cell by cell of the lattice, row by row, and in a cell by first pixel: whatever the cut."""
 
 
+RIM_PX = 64
+"""So far from the sides of its block a building is hardly ever met by one of another block."""
+
+RIM_BLOCKS = 32
+"""Blocks of which the buildings at the rim are held."""
+
+
 @dataclass(frozen=True)
 class Published:
     """What a run has published.
@@ -265,37 +272,20 @@ def batches_in_order(site: Site, homes: Cells, imagery: Imagery) -> Iterator[pa.
     """All buildings that meet the area in the order of the lattice, in batches of at most BATCH_ROWS rows.
 
     Their outlines are as asked for, or raw where they would overlap a neighbour's. At most the buildings of the blocks
-    under one cell of the order are held, and those beside it that touch the bounds of one of its own.
+    under one cell of the order are held, those beside it that touch the bounds of one of its own, and those at the rims
+    of RIM_BLOCKS blocks.
     """
     plan = site.plan
-    neighbours = _Neighbours(site, homes)
-    cache: OrderedDict[Block, Buildings] = OrderedDict()
-    blocks_per_cell = (-(-ORDER_CELL_PX // plan.block_px) + 1) ** 2
-
-    def read(block: Block) -> Buildings:
-        parts = [finished_from_bytes(read_fragment(site, *block))]
-        if block in homes:
-            parts.append(read_joined(site, *block))
-        return Buildings.concatenate(parts)
-
-    def of_blocks(blocks: list[Block]) -> Iterator[Buildings]:
-        """Their buildings, block by block; a bucket is asked for several at once."""
-        kept = {block: cache.pop(block) for block in blocks if block in cache}
-        coming = site.folder.each(read, [block for block in blocks if block not in kept])
-        for block in blocks:
-            cache[block] = kept.pop(block) if block in kept else next(coming)
-            yield cache[block]
-            if len(cache) + len(kept) > blocks_per_cell:
-                cache.popitem(last=False)
-
+    neighbours, blocks = _Neighbours(site, homes), _Blocks(site, homes)
     held: list[pa.RecordBatch] = []
     rows = 0
     for cell in plan.layout.grid.cells(ORDER_CELL_PX):
         window = Window.cell(*cell, ORDER_CELL_PX)
         under = [block for block in window.intersect(plan.layout.grid).cells(plan.block_px) if plan.is_predicted(block)]
-        found = Buildings.concatenate([_first_pixel_in(part, window) for part in of_blocks(under)])
+        found = Buildings.concatenate([_first_pixel_in(part, window) for part in blocks.all_of(under)])
         if plan.vector.simplify_m or plan.vector.regularize != "none":
-            near = (_first_pixel_in(part, window, False) for part in of_blocks(neighbours.blocks(found)))
+            beside = blocks.meeting(bounds_of(found), neighbours.blocks(found))
+            near = (_first_pixel_in(part, window, False) for part in beside)
             found = keep_apart(found, near, plan.lattice)
         if plan.area is not None:
             found = found.take(plan.area.meets(found.geometry))
@@ -311,6 +301,62 @@ def batches_in_order(site: Site, homes: Cells, imagery: Imagery) -> Iterator[pa.
                 held, rows = [], 0
     if held:
         yield _one(held)
+
+
+class _Blocks:
+    """The buildings of blocks, read from their files. Of a few blocks all are held, of more those at their rims."""
+
+    def __init__(self, site: Site, homes: Cells) -> None:
+        self._site, self._homes = site, homes
+        self._held: OrderedDict[Block, Buildings] = OrderedDict()
+        self._most_held = (-(-ORDER_CELL_PX // site.plan.block_px) + 1) ** 2
+        self._rims: OrderedDict[Block, Buildings] = OrderedDict()
+
+    def all_of(self, blocks: list[Block]) -> Iterator[Buildings]:
+        """All of their buildings, block by block; a bucket is asked for several at once."""
+        held = self._held
+        kept = {block: held.pop(block) for block in blocks if block in held}
+        coming = self._site.folder.each(self._read, [block for block in blocks if block not in kept])
+        for block in blocks:
+            if block in kept:
+                held[block] = kept.pop(block)
+            else:
+                held[block] = next(coming)
+                self._hold_rim(block, held[block])
+            yield held[block]
+            if len(held) + len(kept) > self._most_held:
+                held.popitem(last=False)
+
+    def meeting(self, bounds: NDArray[np.float64], blocks: list[Block]) -> Iterator[Buildings]:
+        """Those of their buildings whose bounds meet some of these (left, top, right, bottom), and others."""
+        deep = []
+        for block in blocks:
+            inside = self._inside(block)
+            reaches = (bounds[:, :2] <= inside[2:]).all(axis=1) & (bounds[:, 2:] >= inside[:2]).all(axis=1)
+            if block in self._rims and not reaches.any():
+                self._rims.move_to_end(block)
+                yield self._rims[block]
+            else:
+                deep.append(block)
+        yield from self.all_of(deep)
+
+    def _read(self, block: Block) -> Buildings:
+        parts = [finished_from_bytes(read_fragment(self._site, *block))]
+        if block in self._homes:
+            parts.append(read_joined(self._site, *block))
+        return Buildings.concatenate(parts)
+
+    def _hold_rim(self, block: Block, buildings: Buildings) -> None:
+        inside, bounds = self._inside(block), bounds_of(buildings)
+        at_rim = (bounds[:, :2] <= inside[:2]).any(axis=1) | (bounds[:, 2:] >= inside[2:]).any(axis=1)
+        self._rims[block] = buildings.take(np.flatnonzero(at_rim))
+        if len(self._rims) > RIM_BLOCKS:
+            self._rims.popitem(last=False)
+
+    def _inside(self, block: Block) -> NDArray[np.float64]:
+        """Left, top, right and bottom of a block without its rim: what is not at the rim lies between them."""
+        core, rim = Window.cell(*block, self._site.plan.block_px), RIM_PX
+        return np.array([core.col_off + rim, core.row_off + rim, core.col_stop - rim, core.row_stop - rim], np.float64)
 
 
 class _Neighbours:

@@ -102,18 +102,22 @@ class RowsDigest:
         for field in self._attributes:
             column = batch.column(field.name)
             if pa.types.is_string(field.type):
-                self._update_texts(field.name, [text.encode() for text in column.fill_null("").to_pylist()])
+                self._update_texts(field.name, column.fill_null(""))
             else:
                 values = column.fill_null(False if pa.types.is_boolean(field.type) else 0).to_numpy(
                     zero_copy_only=False
                 )
                 self._hashes[field.name].update(values.astype(values.dtype.newbyteorder("<")).tobytes())
         wkb = shapely.to_wkb(geometries, output_dimension=2, byte_order=1, flavor="iso")
-        self._update_texts("geometry", [part or b"" for part in wkb])
+        self._update_texts("geometry", pa.array(wkb, pa.binary()).fill_null(b""))
 
-    def _update_texts(self, name: str, parts: list[bytes]) -> None:
-        self._hashes[name].update(b"".join(parts))
-        self._hashes[f"{name} length"].update(np.fromiter((len(part) for part in parts), "<i8", len(parts)).tobytes())
+    def _update_texts(self, name: str, texts: pa.Array) -> None:
+        """Add texts or bytes, none of them null: their bytes one after another, and the length of each."""
+        _, offsets, data = texts.buffers()
+        ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
+        if len(texts) and data is not None:
+            self._hashes[name].update(memoryview(data)[int(ends[0]) : int(ends[-1])])
+        self._hashes[f"{name} length"].update(np.diff(ends).astype("<i8").tobytes())
 
     def hexdigest(self) -> str:
         """The digest so far."""

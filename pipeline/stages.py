@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,11 @@ from .store import Store
 
 Cell = tuple[int, int]
 """Absolute index (row, col) of a chunk or a block."""
+
+ReadChunk = Callable[[str, str, Cell], NDArray[np.uint8]]
+
+JOIN_CACHE_BYTES = 2**25
+"""Decoded chunks that are held while the buildings of one block are joined."""
 
 VERSIONS = {"scan": 2, "read": 2, "predict": 2, "vectorize": 3, "join": 3}
 """Raised when a stage of a new version gives other bytes for the same input: what older ones did is then not done."""
@@ -315,7 +320,9 @@ def join(site: Site, row: int, col: int, key: str, joins: Joins, blocks: tuple[C
     found, building = collect(joins, read_border)
     whole = unite_pieces(found, building)
     cut = cut_buildings(found, building, plan.block_px, plan.open_sides)
-    buildings = finish(whole, plan.vector, plan.lattice, partial(_read_known, site), cut)
+    # Pixels are looked at by cells of a chunk, row by row: the chunks of a few rows are decoded once.
+    read_chunk = lru_cache(max(1, JOIN_CACHE_BYTES // plan.chunk_px**2))(partial(_checked_chunk, site))
+    buildings = finish(whole, plan.vector, plan.lattice, partial(_read_known, site, read_chunk), cut)
     data = _to_ipc(buildings.to_arrow())
     site.begin("join", unit)
     site.folder.write(joined_name(row, col), data)
@@ -327,9 +334,9 @@ def join(site: Site, row: int, col: int, key: str, joins: Joins, blocks: tuple[C
     return Receipt("join", unit, int(whole.pixels.sum()), len(data), time.perf_counter() - start, values)
 
 
-def _read_known(site: Site, window: Window) -> NDArray[np.uint8]:
+def _read_known(site: Site, read_chunk: ReadChunk, window: Window) -> NDArray[np.uint8]:
     """prob_HW of a window, UNKNOWN where there is imagery but nothing is predicted."""
-    plan, prob_HW = site.plan, read_probability(site, window)
+    plan, prob_HW = site.plan, _merged(site, "predict", "probability", window, INVALID, read_chunk)
     for block in window.cells(plan.block_px) if plan.area is not None else ():
         core = plan.core(*block)
         if not plan.is_predicted(block) and plan.tiles_in(core):
@@ -400,14 +407,19 @@ def read_image(site: Site, window: Window) -> NDArray[np.uint8]:
     return _merged(site, "read", "image", window, 0)
 
 
-def _merged(site: Site, stage: str, array: str, window: Window, fill: int) -> NDArray[np.uint8]:
-    """A window of an array, put together from whole chunks, each compared with its checksum in the ledger."""
-    plan = site.plan
+def _merged(
+    site: Site, stage: str, array: str, window: Window, fill: int, read_chunk: ReadChunk | None = None
+) -> NDArray[np.uint8]:
+    """A window of an array, put together from whole chunks, each compared with its checksum in the ledger.
+
+    read_chunk: gives a chunk of an array that a stage has written, with its checksum compared.
+    """
+    plan, read_chunk = site.plan, read_chunk or partial(_checked_chunk, site)
     chunks = plan.chunks_in(window) if stage == "read" else plan.predicted_chunks_in(window)
 
     def read(chunk: Cell) -> NDArray[np.uint8] | DamageError:
         try:
-            return _checked_chunk(site, stage, array, chunk)
+            return read_chunk(stage, array, chunk)
         except DamageError as error:
             return error
 

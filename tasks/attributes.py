@@ -13,9 +13,10 @@ import pyarrow as pa
 import shapely
 from numpy.typing import NDArray
 
+from .edges import edge_pixels
 from .grid import Lattice, Window
 from .outlines import Geometries
-from .vectorize import FORMS, FULL_U8, Buildings, building_ids, edge_pixels, to_crs
+from .vectorize import FORMS, FULL_U8, Buildings, building_ids, to_crs
 
 SCHEMA = pa.schema(
     [
@@ -60,21 +61,37 @@ class Imagery:
 
     def tiles_under(self, outlines: Geometries) -> list[str]:
         """Names of the tiles that have a pixel in common with each outline, in the order of the list."""
-        outline, tile = self._tiles.query(outlines, predicate="intersects")
-        shared = ~shapely.touches(outlines[outline], self._boxes[tile])
-        names: list[list[str]] = [[] for _ in outlines]
-        for index in np.lexsort((tile, outline)).tolist():
-            if shared[index]:
-                names[outline[index]].append(self._names[tile[index]])
-        return [", ".join(of_one) for of_one in names]
+        bounds, sides = shapely.bounds(outlines), shapely.bounds(self._boxes)
+        outline, tile = self._tiles.query(shapely.box(*bounds.T))
+        low, high = bounds[outline] >= sides[tile], bounds[outline] <= sides[tile]
+        shared = low[:, :2].all(axis=1) & high[:, 2:].all(axis=1)
+        # Within a tile by its bounds, an outline lies on it; of the others it is asked exactly.
+        unsure = np.flatnonzero(~shared)
+        some, boxes = outlines[outline[unsure]], self._boxes[tile[unsure]]
+        shared[unsure] = shapely.intersects(some, boxes) & ~shapely.touches(some, boxes)
+        outline, tile = outline[shared], tile[shared]
+        order = np.lexsort((tile, outline))
+        first = np.searchsorted(outline[order], np.arange(len(outlines) + 1))
+        under = np.full(len(outlines), "", np.object_)
+        alone = np.flatnonzero(np.diff(first) == 1)
+        under[alone] = np.array(self._names, np.object_)[tile[order[first[alone]]]]
+        for index in np.flatnonzero(np.diff(first) > 1).tolist():
+            under[index] = ", ".join(self._names[it] for it in tile[order[first[index] : first[index + 1]]].tolist())
+        names: list[str] = under.tolist()
+        return names
 
     def ends_at(self, outlines: Geometries) -> NDArray[np.bool_]:
         """True for raw outlines with a 4-neighbour in no tile, or beyond the bounds of all valid pixels."""
-        _, _, row, col, index = edge_pixels(outlines)
+        ends = np.zeros(len(outlines), np.bool_)
+        # Most lie in one tile with all their neighbours: of the others each neighbour is looked at.
+        inside = np.zeros(len(outlines), np.bool_)
+        around = shapely.box(*(shapely.bounds(outlines) + np.array([-1, -1, 1, 1])).T)
+        inside[self._valid.query(around, predicate="covered_by")[0]] = True
+        others = np.flatnonzero(~inside)
+        _, _, row, col, index = edge_pixels(outlines[others])
         beyond = np.ones(len(row), np.bool_)
         beyond[self._valid.query(shapely.points(col + 0.5, row + 0.5), predicate="intersects")[0]] = False
-        ends = np.zeros(len(outlines), np.bool_)
-        ends[index[beyond]] = True
+        ends[others[index[beyond]]] = True
         return ends
 
 

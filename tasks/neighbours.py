@@ -31,8 +31,9 @@ def keep_apart(buildings: Buildings, around: Iterable[Buildings], lattice: Latti
     """
     if not len(buildings):
         return buildings
-    tree = shapely.STRtree(shapely.box(*bounds_of(buildings).T))
-    near = [part.take(np.unique(tree.query(shapely.box(*bounds_of(part).T))[0])) for part in around if len(part)]
+    bounds = bounds_of(buildings)
+    tree = shapely.STRtree(shapely.box(*bounds.T))
+    near = [_meeting(part, tree, bounds) for part in around if len(part)]
     others = Buildings.concatenate([buildings, *near])
     blocked = _in_the_way(buildings, others, lattice)
     if not blocked.any():
@@ -42,6 +43,16 @@ def keep_apart(buildings: Buildings, around: Iterable[Buildings], lattice: Latti
         geometry=np.where(blocked, buildings.raw, buildings.geometry),
         form=np.where(blocked, np.int8(FORMS.index("raw")), buildings.form),
     )
+
+
+def _meeting(part: Buildings, tree: shapely.STRtree, bounds: NDArray[np.float64]) -> Buildings:
+    """Those whose bounds meet some of these bounds, which a tree holds as boxes."""
+    own = bounds_of(part)
+    # Most are far from all of them: no box is made of those.
+    least, most = bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)
+    close = (own[:, :2] <= most).all(axis=1) & (own[:, 2:] >= least).all(axis=1)
+    chosen = np.flatnonzero(close)
+    return part.take(chosen[np.unique(tree.query(shapely.box(*own[chosen].T))[0])])
 
 
 def bounds_of(buildings: Buildings) -> NDArray[np.float64]:

@@ -205,7 +205,10 @@ def _put_below(
         return
     samples_CHW, part_valid_HW = read(part, wanted_HW)
     wanted_HW &= part_valid_HW
-    np.copyto(image_CHW[:, rows, cols], samples_CHW, where=wanted_HW)
+    if wanted_HW.all():
+        image_CHW[:, rows, cols] = samples_CHW
+    else:
+        np.copyto(image_CHW[:, rows, cols], samples_CHW, where=wanted_HW)
     valid_HW[rows, cols] |= wanted_HW
 
 

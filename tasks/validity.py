@@ -22,6 +22,7 @@ from .read import Tile, TileHeader, read_mask, read_samples
 
 LOSSY_TOLERANCE = 12.0  # ringing of JPEG around a nodata value, in 8-bit steps
 EDGE_RUN_PX = 64  # a patch along this much of a tile's side was cut by it: its size says nothing
+HELD_BYTES = 2**24  # of the patches of one nodata value, a bit a pixel
 _REACH_PX = 4  # an opening by 5 x 5 sees two pixels for the erosion and two for the dilation
 
 # What tells a collar that went through JPEG from one that did not (`collar_is_speckled`). Measured on Banepa's tiles,
@@ -109,7 +110,8 @@ def scan_tile(
 
     write_invalid(window, mask) is called once for each piece that has invalid pixels, with its window in the frame of
     the tile's and the mask (True is invalid) of that shape. Memory is bounded by piece_px squared, and what is found
-    does not depend on piece_px. Raises TileError where the tile cannot be read.
+    does not depend on piece_px. A tile is read once, and a second time where it may have a speckled collar; what has
+    found no room in HELD_BYTES is read again. Raises TileError where the tile cannot be read.
     """
     pieces = list(_pieces(tile.window, piece_px))
     look = _look(tile, pieces)
@@ -120,15 +122,20 @@ def scan_tile(
     invalid_px = 0
     for piece in pieces:
         invalid_HW = np.zeros(piece.shape_yx, np.bool_)
-        wanted = [value for value in kept if look.patches[value].ids(piece, kept[value]).any()]
-        seen = _see(tile, piece) if wanted or piece in look.with_nan else None
-        for value in wanted:
-            assert seen is not None
-            opened_HW = _opened(seen, _candidates(seen.samples_CHW, value, look.tolerance))
-            patch_HW = look.patches[value].ids(piece, kept[value])[_labels(opened_HW)]
+        seen = _see(tile, piece) if piece in look.with_nan else None
+        for value, patches in look.patches.items():
+            kept_here = patches.ids(piece, kept[value])
+            if not kept_here.any():
+                continue
+            opened_HW = patches.opened(piece)
+            if opened_HW is None:
+                seen = seen or _see(tile, piece)
+                opened_HW = _opened(seen, _candidates(seen.samples_CHW, value, look.tolerance))
+            patch_HW = kept_here[_labels(opened_HW)]
             _count(by_reason, f"nodata {value:g}" + (", speckled" if look.speckled else ""), patch_HW)
             invalid_HW |= patch_HW
-        if seen is not None and piece in look.with_nan:
+        if piece in look.with_nan:
+            assert seen is not None
             _count(by_reason, "nan", seen.nan())
             invalid_HW |= seen.nan()
         mask_HW = read_mask(tile, piece) if masked else None
@@ -227,9 +234,12 @@ class _Patches:
         self._above = np.zeros(tile_window.width, np.int64)
         self._left = np.zeros(0, np.int64)
         self._sides = _no_sides(tile_window, np.int64)
+        self._bits: dict[Window, tuple[Window, NDArray[np.uint8]]] = {}  # piece: where patches are, and which pixels
+        self._bytes_left = HELD_BYTES
 
     def add(self, piece: Window, opened_HW: NDArray[np.bool_], fringe: Sequence[NDArray[np.uint8]] = ()) -> None:
         """Take in the patches of the next piece."""
+        self._hold(piece, opened_HW)
         labels_HW = _labels(opened_HW)
         inside = labels_HW[opened_HW]
         sums = [np.bincount(inside), *(np.bincount(inside, weights=of_HW[opened_HW]) for of_HW in fringe)]
@@ -250,6 +260,23 @@ class _Patches:
         self._first[piece] = self._count, len(counts)
         self._counts.append(counts)
         self._count += len(counts)
+
+    def _hold(self, piece: Window, opened_HW: NDArray[np.bool_]) -> None:
+        bounds = _bounds(opened_HW)
+        if bounds.pixels <= 8 * self._bytes_left:
+            bits = np.packbits(opened_HW[bounds.within(_frame(opened_HW))])
+            self._bits[piece] = bounds, bits
+            self._bytes_left -= bits.nbytes
+
+    def opened(self, piece: Window) -> NDArray[np.bool_] | None:
+        """The pixels of a piece that belong to patches; None where there was no room to hold them."""
+        if piece not in self._bits:
+            return None
+        bounds, bits = self._bits[piece]
+        opened_HW = np.zeros(piece.shape_yx, np.bool_)
+        inner_HW = np.unpackbits(bits, count=bounds.pixels).reshape(bounds.shape_yx)
+        opened_HW[bounds.within(_frame(opened_HW))] = inner_HW
+        return opened_HW
 
     def _join(self, one: NDArray[np.int64], other: NDArray[np.int64]) -> None:
         facing = (one > 0) & (other > 0)
@@ -374,19 +401,42 @@ def _candidates(samples: NDArray[Any], value: float, tolerance: float) -> NDArra
             low, high = dtype.type(low), dtype.type(high)
     candidates = np.ones(samples.shape[1:], np.bool_)
     for band in samples:
-        candidates &= band >= low
-        candidates &= band <= high
+        # Of integers all are at least the least that there is, and at most the largest.
+        if dtype.kind not in "iu" or low > limits.min:
+            candidates &= band >= low
+        if dtype.kind not in "iu" or high < limits.max:
+            candidates &= band <= high
     return candidates
 
 
 def _opened(seen: _Seen, candidates_HW: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Candidates over a piece, opened by 5 x 5; they are given around it too."""
-    if not candidates_HW.any():
-        return np.zeros(seen.piece.shape_yx, np.bool_)
-    padded = seen.piece.pad(_REACH_PX)
-    outside_HW = np.ones(padded.shape_yx, np.bool_)
-    outside_HW[seen.around.within(padded)] = candidates_HW
-    return open_5x5(outside_HW)
+    opened_HW = np.zeros(seen.piece.shape_yx, np.bool_)
+    frame = _frame(candidates_HW)
+    piece = Window(seen.piece.row_off - seen.around.row_off, seen.piece.col_off - seen.around.col_off, *opened_HW.shape)
+    # Only candidates are opened, and what decides of one lies within reach of it.
+    bounds = _bounds(candidates_HW).intersect(piece)
+    if bounds.pixels:
+        padded = bounds.pad(_REACH_PX)
+        outside_HW = np.ones(padded.shape_yx, np.bool_)
+        inner = padded.intersect(frame)
+        outside_HW[inner.within(padded)] = candidates_HW[inner.within(frame)]
+        opened_HW[bounds.within(piece)] = open_5x5(outside_HW)
+    return opened_HW
+
+
+def _frame(mask_HW: NDArray[np.bool_]) -> Window:
+    """The whole of a mask, counted from its own corner."""
+    return Window(0, 0, *mask_HW.shape)
+
+
+def _bounds(mask_HW: NDArray[np.bool_]) -> Window:
+    """The smallest window around what is True in a mask, counted from its corner; of no pixels where nothing is."""
+    rows = np.flatnonzero(mask_HW.any(axis=1))
+    if not len(rows):
+        return Window(0, 0, 0, 0)
+    cols = np.flatnonzero(mask_HW[rows[0] : rows[-1] + 1].any(axis=0))
+    return Window.between(int(rows[0]), int(cols[0]), int(rows[-1]) + 1, int(cols[-1]) + 1)
 
 
 def _fringe(
@@ -428,7 +478,9 @@ def open_5x5(mask_HW: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _labels(opened_HW: NDArray[np.bool_]) -> NDArray[np.int32]:
     """4-connected components, from 1 in the order in which rows meet them."""
-    labels_HW: NDArray[np.int32] = label(opened_HW)[0] if opened_HW.any() else np.zeros(opened_HW.shape, np.int32)
+    labels_HW = np.zeros(opened_HW.shape, np.int32)
+    part = _bounds(opened_HW).within(_frame(opened_HW))
+    label(opened_HW[part], output=labels_HW[part])
     return labels_HW
 
 

@@ -20,24 +20,19 @@ import pyarrow.compute as pc
 import shapely
 from numpy.typing import NDArray
 
+from .edges import CELL_PX, Edges, edges_of_mask, edges_of_outlines
 from .grid import Lattice, Window
-from .outlines import Geometries, Int64s, Runs, find_runs, segments_of, trace
+from .outlines import Geometries, Int64s, Runs, find_runs, first_of, ranges, segments_of, trace
 from .regularize import orthogonal
 
 FULL_U8 = 250
 """The stored value of probability 1; larger values are invalid pixels."""
-
-INVALID_U8 = 255
-"""The stored value of pixels without valid imagery."""
 
 UNKNOWN = 254
 """Stands for a pixel that has imagery but was not predicted: no building's, and not without data either."""
 
 FORMS = ("raw", "simplified", "orthogonal")
 """What an outline may be: the mask's own, with fewer corners, or with right angles."""
-
-_CELL_PX = 512
-"""Pixels are looked at together by cells of this side: few reads, each of a bounded window."""
 
 _TOPOLOGY_CORNERS = 20_000
 """Most corners of an outline to simplify with its topology: 0.2 s here, and GEOS's time grows with their square."""
@@ -114,9 +109,14 @@ class Components:
 
     def to_arrow(self) -> pa.RecordBatch:
         """A column per field, geometries as little-endian WKB."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        columns = [_to_wkb(value) if name in _GEOMETRIES else pa.array(value) for name, value in values.items()]
-        return pa.RecordBatch.from_arrays(columns, [*values])
+        names = [field.name for field in fields(self)]
+        columns: dict[int, pa.Array] = {}
+        for name in names:
+            value = getattr(self, name)
+            # Outlines that are published as they are in the mask are one array under two names.
+            if id(value) not in columns:
+                columns[id(value)] = _to_wkb(value) if name in _GEOMETRIES else pa.array(value)
+        return pa.RecordBatch.from_arrays([columns[id(getattr(self, name))] for name in names], names)
 
 
 _GEOMETRIES = ("geometry", "raw")
@@ -179,6 +179,10 @@ def vectorize_block(prob_HW: NDArray[np.uint8], window: Window, lattice: Lattice
     """Buildings of one block, window being its place on the lattice."""
     if prob_HW.shape != window.shape_yx:
         raise ValueError(f"probabilities of shape {prob_HW.shape}: expected {window.shape_yx}, the window's")
+
+    def read_prob(part: Window) -> NDArray[np.uint8]:
+        return prob_HW[part.within(window)]
+
     mask_HW = mask_of(prob_HW, settings.threshold_u8)
     runs, components = polygonize(mask_HW, prob_HW, window.row_off, window.col_off)
     touches = _touches_side(runs, window)
@@ -186,9 +190,10 @@ def vectorize_block(prob_HW: NDArray[np.uint8], window: Window, lattice: Lattice
     number = np.where(touches, np.cumsum(touches), 0).astype(np.int32)
     top, right, bottom, left = _labels_of_sides(runs, number, window)
     valid_pixels = int(np.count_nonzero(prob_HW <= FULL_U8))
+    edges = edges_of_mask(mask_HW, prob_HW, runs).take(~touches)
     return Fragment(
         sides=Sides(window, top, right, bottom, left, border.key_row, border.key_col),
-        finished=finish(components.take(~touches), settings, lattice, lambda part: prob_HW[part.within(window)]),
+        finished=finish(components.take(~touches), settings, lattice, read_prob, edges=edges),
         border=border,
         valid_pixels=valid_pixels,
         invalid_pixels=window.pixels - valid_pixels,
@@ -214,7 +219,7 @@ def polygonize(
     pixels, prob_sum = np.zeros(runs.regions, np.int64), np.zeros(runs.regions, np.int64)
     np.add.at(pixels, runs.label, length)
     np.add.at(prob_sum, runs.label, run_sum)
-    first = np.unique(runs.label, return_index=True)[1]
+    first = first_of(runs.label, runs.regions)
     components = Components(
         key_row=runs.row[first] + row_off,
         key_col=runs.col[first] + col_off,
@@ -261,11 +266,13 @@ def finish(
     lattice: Lattice,
     read_prob: Callable[[Window], NDArray[np.uint8]],
     cut: NDArray[np.bool_] | None = None,
+    edges: Edges | None = None,
 ) -> Buildings:
     """Whole components to buildings: small holes filled, then small buildings dropped, then outlines simplified.
 
     read_prob gives prob_HW of a window inside the components' bounds, with 255 where nothing is stored. cut: True for
-    components that go on into imagery that was not predicted; None for none of them.
+    components that go on into imagery that was not predicted; None for none of them. edges: of the components, where
+    they are known; None: they are found along the outlines.
     """
     if not len(components):
         return Buildings.empty()
@@ -275,7 +282,7 @@ def finish(
     large = area_px * pixel_m**2 >= settings.min_area_m2
     kept, raw, pixel_m = components.take(large), raw[large], pixel_m[large]
     geometry, form = _published_form(raw, pixel_m, settings, lattice)
-    edge_px, edge_sum, touches_nodata = _edge_sums(kept.geometry, read_prob)
+    edges = edges_of_outlines(kept.geometry, read_prob) if edges is None else edges.take(large)
     return Buildings(
         key_row=kept.key_row,
         key_col=kept.key_col,
@@ -287,9 +294,9 @@ def finish(
         cut=np.zeros(len(pixel_m), np.bool_) if cut is None else cut[large],
         raw=raw,
         form=form,
-        edge_px=edge_px,
-        edge_sum=edge_sum,
-        touches_nodata=touches_nodata,
+        edge_px=edges.pixels,
+        edge_sum=edges.prob_sum,
+        touches_nodata=edges.touches_nodata,
     )
 
 
@@ -307,68 +314,6 @@ def _published_form(
         geometry = np.where(good, regular, geometry)
         form[good] = FORMS.index("orthogonal")
     return geometry, form
-
-
-def edge_pixels(outlines: Geometries) -> tuple[Int64s, Int64s, Int64s, Int64s, Int64s]:
-    """Along canonical outlines, for every side of a pixel: row and column inside, row and column outside, the polygon.
-
-    A pixel stands there as often as it has neighbours outside.
-    """
-    rings, owner = shapely.get_rings(outlines, return_index=True)
-    coords, ring = shapely.get_coordinates(rings, return_index=True)
-    xy = coords.astype(np.int64)
-    here = np.flatnonzero(ring[1:] == ring[:-1])
-    (x0, y0), (x1, y1) = xy[here].T, xy[here + 1].T
-    index = owner[ring[here]]
-    length = np.abs(x1 - x0) + np.abs(y1 - y0)
-    upright = np.repeat(x0 == x1, length)
-    step = _ranges(np.zeros_like(length), length)
-    left, top = np.repeat(np.minimum(x0, x1), length), np.repeat(np.minimum(y0, y1), length)
-    row, col = np.where(upright, top + step, top), np.where(upright, left, left + step)
-    # Who walks an outline has the building on the right: walking up (y falls) or to the right it lies beyond the line.
-    beyond = np.repeat(np.where(x0 == x1, y1 < y0, x1 > x0), length)
-    near_row, near_col = np.where(upright, row, row - 1), np.where(upright, col - 1, col)
-    return (
-        np.where(beyond, row, near_row),
-        np.where(beyond, col, near_col),
-        np.where(beyond, near_row, row),
-        np.where(beyond, near_col, col),
-        np.repeat(index, length),
-    )
-
-
-def _edge_sums(
-    outlines: Geometries, read_prob: Callable[[Window], NDArray[np.uint8]]
-) -> tuple[Int64s, Int64s, NDArray[np.bool_]]:
-    """Number of the pixels along the outlines, sum of their probabilities, and whether one of them touches nodata."""
-    count = len(outlines)
-    row, col, out_row, out_col, index = edge_pixels(outlines)
-    order = np.lexsort((col, row, index))
-    row, col, index = row[order], col[order], index[order]
-    new = np.append(True, (np.diff(row) != 0) | (np.diff(col) != 0) | (np.diff(index) != 0))[: len(row)]
-    row, col, of = row[new], col[new], index[new]
-    beside = _probabilities(out_row, out_col, read_prob)
-    inside = _probabilities(row, col, read_prob)
-    edge_sum = np.zeros(count, np.int64)
-    np.add.at(edge_sum, of, inside)
-    touches_nodata = np.zeros(count, np.bool_)
-    touches_nodata[index[beside[order] == INVALID_U8]] = True
-    return np.bincount(of, minlength=count), edge_sum, touches_nodata
-
-
-def _probabilities(row: Int64s, col: Int64s, read_prob: Callable[[Window], NDArray[np.uint8]]) -> Int64s:
-    """Stored values of single pixels, read cell by cell."""
-    values = np.zeros(len(row), np.int64)
-    if not len(row):
-        return values
-    cell_row, cell_col = row // _CELL_PX, col // _CELL_PX
-    order = np.lexsort((cell_col, cell_row))
-    ends = np.flatnonzero((np.diff(cell_row[order]) != 0) | (np.diff(cell_col[order]) != 0)) + 1
-    for pixels in np.split(order, ends):
-        rows, cols = row[pixels], col[pixels]
-        window = Window.between(int(rows.min()), int(cols.min()), int(rows.max()) + 1, int(cols.max()) + 1)
-        values[pixels] = read_prob(window)[rows - window.row_off, cols - window.col_off]
-    return values
 
 
 def _pixel_m(geometry: Geometries, lattice: Lattice) -> NDArray[np.float64]:
@@ -413,7 +358,7 @@ def _is_plain(
     if not len(holes):
         return plain
     row, col, hole = _pixels_inside(holes)
-    cell = np.stack([row // _CELL_PX, col // _CELL_PX])
+    cell = np.stack([row // CELL_PX, col // CELL_PX])
     first = np.searchsorted(hole, np.arange(len(holes)))
     _, group = np.unique(cell[:, first], axis=1, return_inverse=True)
     by_group = np.argsort(group[hole], kind="stable")
@@ -431,18 +376,11 @@ def _pixels_inside(holes: Geometries) -> tuple[Int64s, Int64s, Int64s]:
     """Row, column and index of the hole of every pixel inside canonical rings, sorted by hole."""
     sides = segments_of(holes, np.arange(len(holes)))
     height = sides.bottom - sides.top
-    row, x, hole = _ranges(sides.top, height), np.repeat(sides.x, height), np.repeat(sides.label, height)
+    row, x, hole = ranges(sides.top, height), np.repeat(sides.x, height), np.repeat(sides.label, height)
     order = np.lexsort((x, row, hole))
     row, x, hole = row[order], x[order], hole[order]
     width = x[1::2] - x[0::2]
-    return np.repeat(row[0::2], width), _ranges(x[0::2], width), np.repeat(hole[0::2], width)
-
-
-def _ranges(start: Int64s, length: Int64s) -> Int64s:
-    """start[0], start[0] + 1, ... for length[0] numbers, then the same for the next, in one array."""
-    before = np.cumsum(length) - length
-    ranges: Int64s = np.repeat(start - before, length) + np.arange(int(length.sum()))
-    return ranges
+    return np.repeat(row[0::2], width), ranges(x[0::2], width), np.repeat(hole[0::2], width)
 
 
 def _simplify(

@@ -16,6 +16,7 @@ from rasterio.enums import ColorInterp
 from scipy import ndimage
 
 from segpipe.pipeline.draw import draw_city
+from segpipe.tasks import validity
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.grid import Window
 from segpipe.tasks.read import Tile, read_header, resolve_bands
@@ -104,11 +105,13 @@ def blotched(draw):
 
 
 @settings(max_examples=150)
-@given(grey=blotched(), smallest=st.integers(1, 700), piece_px=st.integers(7, 64))
-def test_patches_equal_those_of_the_whole_tile_for_any_piece_size(tmp_path_factory, grey, smallest, piece_px):
+@given(grey=blotched(), smallest=st.integers(1, 700), piece_px=st.integers(7, 64), held=st.sampled_from([0, 40, 2**24]))
+def test_patches_equal_those_of_the_whole_tile_for_any_piece_size(tmp_path_factory, grey, smallest, piece_px, held):
     tile = tile_of(tmp_path_factory.getbasetemp() / "blotched.tif", np.stack([grey] * 3))
     black, white = oracle(grey == 0, smallest), oracle(grey == 255, smallest)
-    found, invalid = scan(tile, smallest, piece_px)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validity, "HELD_BYTES", held)
+        found, invalid = scan(tile, smallest, piece_px)
     np.testing.assert_array_equal(invalid, black | white)
     expected = {"nodata 0": int(black.sum()), "nodata 255": int(white.sum())}
     assert found.by_reason == {reason: pixels for reason, pixels in expected.items() if pixels}
@@ -120,6 +123,18 @@ def test_speckled_patches_equal_those_of_the_whole_tile_for_any_piece_size(tmp_p
     grey = np.where(np.random.default_rng(seed).random((97, 83)) < share, 0, 9).astype(np.uint8)
     tile = tile_of(tmp_path_factory.getbasetemp() / "speckled.tif", np.stack([grey] * 3))
     np.testing.assert_array_equal(scan(tile, 40, piece_px)[1], oracle(grey == 0, 40))
+
+
+def test_a_lossless_tile_with_a_nodata_hole_is_read_once(tmp_path, monkeypatch):
+    grey = np.full((300, 300), 100, np.uint8)
+    grey[90:160, 120:220] = 0
+    tile = tile_of(tmp_path / "hole.tif", np.stack([grey] * 3))
+    read_px = []
+    read = validity.read_samples
+    monkeypatch.setattr(validity, "read_samples", lambda tile, part: read_px.append(part.pixels) or read(tile, part))
+    found, _ = scan(tile, 100, 300)
+    assert found.by_reason == {"nodata 0": 7000}
+    assert sum(read_px) == grey.size + 1  # one pixel tells the type of the samples
 
 
 def test_a_patch_that_winds_through_many_pieces_is_counted_once_as_a_whole(tmp_path):
