@@ -31,8 +31,9 @@ from conftest import (
     write_city,
     write_tile,
 )
+from numpy.typing import NDArray
 
-from segpipe.pipeline import flow, publish, run, stages
+from segpipe.pipeline import flow, network, publish, run, stages
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.ledger import Ledger
 from segpipe.pipeline.manifest import nothing_changed
@@ -684,12 +685,39 @@ def test_every_chunk_of_the_store_is_in_the_ledger_with_its_checksum(mapped: Cit
     assert sorted(found) == sorted(f"{r}_{c}" for r, c in plan.chunks())
 
 
-def test_a_block_that_a_worker_held_for_lost_had_finished_is_counted(mapped: City) -> None:
-    plan = make_plan(load_city(mapped.config))
+def test_a_block_that_is_done_is_not_predicted_again_when_it_is_sent_again(mapped: City) -> None:
+    plan, ledger = make_plan(load_city(mapped.config)), Ledger(mapped.folder / "run")
+    for row, col in plan.blocks():
+        entry = ledger.entry("predict", f"{row}_{col}")
+        assert entry is not None
+        calls = FakePredictor.calls
+        receipt = stages.predict(stages.Site(plan), row, col, entry["key"])
+        assert FakePredictor.calls == calls
+        assert receipt.pixels == entry["valid_px"]
+        assert ledger.entry("predict", f"{row}_{col}") == entry
+
+
+def test_a_block_that_a_worker_held_for_lost_had_finished_is_counted(
+    mapped: City, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, ledger = make_plan(load_city(mapped.config)), Ledger(mapped.folder / "run")
     row, col = next(iter(plan.blocks()))
-    entry = Ledger(mapped.folder / "run").entry("predict", f"{row}_{col}")
+    entry = ledger.entry("predict", f"{row}_{col}")
     assert entry is not None
-    stages.predict(stages.Site(plan), row, col, entry["key"])
+    ledger.forget("predict", f"{row}_{col}")
+    others = [stages.Site(plan)]
+
+    class Overtaken(FakePredictor):
+        """While it is at work the one that was held for lost ends."""
+
+        def predict(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
+            if others:
+                stages.predict(others.pop(), row, col, entry["key"])
+            return super().predict(image_CHW, valid_HW)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(network, "load_predictor", lambda plan: Overtaken())
+        stages.predict(stages.Site(plan), row, col, entry["key"])
     (mapped.folder / "run" / "mask.tif").unlink()
     assert [note for note in map_it(mapped.config).notes if note.startswith("blocks predicted twice: 1;")]
 
