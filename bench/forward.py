@@ -27,11 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from segpipe.models.field import probe_field
 from segpipe.models.fold import fold_batchnorm
 from segpipe.models.networks import Network, build_network
 from segpipe.models.predictor import Precision, Predictor, resolve_device
-from segpipe.models.weights import IMAGENET_MEAN, IMAGENET_STD, Bundle, Card
+from segpipe.models.weights import Bundle, probed_card
 from segpipe.pipeline.allocator import WORKER_ENVIRONMENT
 
 PRODUCT = 2048
@@ -39,23 +38,6 @@ PRODUCT = 2048
 KINDS = ("predict", "bare", "folded", "compiled", "OpenVINO")
 
 Pass = Callable[[], Any]
-
-
-def card_of(network: Network, name: str) -> Card:
-    """A card such as a bundle of this network would have."""
-    field = probe_field(network, network.stride, bands=3)
-    return Card(
-        architecture=name,
-        arguments={},
-        bands=("red", "green", "blue"),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        stride=network.stride,
-        halo_px=field.halo_px,
-        receptive_field_px=field.receptive_field_px,
-        resolution_m=0.3,
-        resolution_range_m=(0.15, 0.6),
-    )
 
 
 def flop_per_px(network: nn.Module) -> float:
@@ -69,7 +51,7 @@ def flop_per_px(network: nn.Module) -> float:
 def passes(network: Network, name: str, side: int, precision: Precision) -> dict[str, Pass]:
     """What is timed, by its name in KINDS."""
     device, dtype = resolve_device(), torch.float32 if precision == "float32" else torch.bfloat16
-    card = card_of(copy.deepcopy(network), name)
+    card = probed_card(copy.deepcopy(network), name, {}, resolution_m=0.3, resolution_range_m=(0.15, 0.6))
     predictor = Predictor(Bundle(copy.deepcopy(network), card), device, precision, torch.get_num_threads())
     image_CHW = np.random.default_rng(0).integers(0, 256, (3, side, side), np.uint8)
     valid_HW = np.ones((side, side), np.bool_)

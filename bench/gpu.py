@@ -31,9 +31,8 @@ from affine import Affine
 from rich.console import Console
 from torch import nn
 
-from segpipe.models.field import probe_field
 from segpipe.models.networks import build_network
-from segpipe.models.weights import IMAGENET_MEAN, IMAGENET_STD, Card, save_bundle
+from segpipe.models.weights import IMAGENET_MEAN, IMAGENET_STD, probed_card, save_bundle
 from segpipe.pipeline.cluster_kinds import open_pool
 from segpipe.pipeline.config import CityConfig, load_city
 from segpipe.pipeline.draw import PX_M, draw_city
@@ -75,19 +74,7 @@ def make_bundle(path: Path, name: str) -> None:
     with torch.no_grad():
         head.weight *= 2 / network(image_BCHW).std()
         head.bias -= network(image_BCHW).quantile(0.8)
-    field = probe_field(network, network.stride, bands=3)
-    card = Card(
-        architecture=name,
-        arguments={},
-        bands=("red", "green", "blue"),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        stride=network.stride,
-        halo_px=field.halo_px,
-        receptive_field_px=field.receptive_field_px,
-        resolution_m=PX_M,
-        resolution_range_m=(0.15, 0.6),
-    )
+    card = probed_card(network, name, {}, resolution_m=PX_M, resolution_range_m=(0.15, 0.6))
     save_bundle(path, network, card)
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from segpipe.models.field import peak_bytes_per_px, probe_field
+from segpipe.models.field import peak_bytes_per_px
 from segpipe.models.losses import bce_jaccard
 from segpipe.models.networks import NETWORKS, Network, build_network
 from segpipe.models.predictor import FULL_U8, INVALID_U8, Predictor
-from segpipe.models.weights import IMAGENET_MEAN, IMAGENET_STD, Bundle, Card
+from segpipe.models.weights import Bundle, probed_card
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in NETWORKS),
@@ -53,29 +53,18 @@ def main() -> None:
     for name, arguments in VARIANTS:
         torch.manual_seed(0)
         network = build_network(name, **arguments)
-        field = probe_field(network, network.stride, bands=3)
+        card = probed_card(network, name, arguments, resolution_m=0.3, resolution_range_m=(0.15, 0.6))
         before, after = training_step(network)
-        card = Card(
-            architecture=name,
-            arguments=arguments,
-            bands=("red", "green", "blue"),
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-            stride=network.stride,
-            halo_px=field.halo_px,
-            receptive_field_px=field.receptive_field_px,
-            resolution_m=0.3,
-            resolution_range_m=(0.15, 0.6),
-        )
+        # Before the network is made ready to predict, which folds its BatchNorm away.
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        memory = peak_bytes_per_px(network, torch.float32) / 1024
         predictor = Predictor(Bundle(network, card), torch.device("cpu"), "float32", torch.get_num_threads())
         image_CHW = np.random.default_rng(0).integers(0, 256, (3, WINDOW_PX, WINDOW_PX), np.uint8)
         prob_HW = predictor.predict(image_CHW, np.ones((WINDOW_PX, WINDOW_PX), np.bool_))
         found = prob_HW[prob_HW != INVALID_U8] / FULL_U8
         said = ", ".join(f"{key}: {str(value).lower()}" for key, value in arguments.items())
-        parameters = sum(parameter.numel() for parameter in network.parameters())
-        memory = peak_bytes_per_px(network, torch.float32) / 1024
         print(
-            f"| `{name}` | {said} | {parameters:,} | {network.stride} | {field.halo_px} | {memory:.2f} |"
+            f"| `{name}` | {said} | {parameters:,} | {network.stride} | {card.halo_px} | {memory:.2f} |"
             f" {before:.3f}, {after:.3f} | {found.min():.2f} to {found.max():.2f} |",
             flush=True,
         )

@@ -299,6 +299,27 @@ def blank_network(card: Card) -> Network:
         return build_network(card.architecture, **card.arguments)
 
 
+def probed_card(network: Network, architecture: str, arguments: dict[str, JsonValue], **told: Any) -> Card:
+    """The card of a network of red, green and blue with ImageNet's normalisation, its field probed.
+
+    told: what else the card says; it must say resolution_m and resolution_range_m.
+    """
+    from .field import probe_field
+
+    field = probe_field(network, network.stride, bands=3)
+    return Card(
+        architecture=architecture,
+        arguments=arguments,
+        bands=("red", "green", "blue"),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        stride=network.stride,
+        halo_px=field.halo_px,
+        receptive_field_px=field.receptive_field_px,
+        **told,
+    )
+
+
 def import_checkpoint(
     source: Path,
     destination: Path,
@@ -318,7 +339,6 @@ def import_checkpoint(
     import torch
 
     from .checkpoints import adopt_checkpoint, read_checkpoint
-    from .field import probe_field
     from .networks import NETWORKS, build_network
 
     if architecture not in NETWORKS:
@@ -331,17 +351,11 @@ def import_checkpoint(
     origin = f"the whole network from {source.name}"
     if adopt_checkpoint(network, state, source):
         origin = f"encoder from {source.name}; decoder untrained, initialised with seed {seed}"
-    field = probe_field(network, network.stride, bands=3)
-    card = Card(
-        architecture=architecture,
-        arguments=arguments,
-        bands=("red", "green", "blue"),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+    card = probed_card(
+        network,
+        architecture,
+        arguments,
         threshold=threshold,
-        stride=network.stride,
-        halo_px=field.halo_px,
-        receptive_field_px=field.receptive_field_px,
         resolution_m=resolution_m,
         resolution_range_m=resolution_range_m,
         training_data=(origin,),

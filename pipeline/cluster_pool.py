@@ -145,10 +145,9 @@ class Distributed:
     def next(self) -> Outcome:
         """Wait for the next task to end. RunError if nobody is left that could end one."""
         while not self._ended:
-            self._send_all()
-            if self._suspects and not any(not sent.alone_on for sent in self._sent.values()):
+            if self._suspects and all(sent.alone_on for sent in (*self._sent.values(), *self._unsent)):
                 self._try_alone()
-                self._send_all()
+            self._send_all()
             if self._arrived():
                 self._take()
             if time.monotonic() - self._looked >= LOOK_EVERY_S:

@@ -22,11 +22,8 @@ from .plan import Plan, model_file
 if TYPE_CHECKING:
     from segpipe.models.predictor import Predictor
 
-WAITS = ("read", "write", "block")
-"""What a device waits for: the block's chunks to be read, the one before to be written, a block that can be predicted.
-
-The last means that tiles were still being decoded, or that the scheduler had sent nothing.
-"""
+WAITS = {"read": "for a block's chunks", "write": "for the last block to be stored", "block": "for a block to predict"}
+"""What a device waits for, in words. The last: tiles are still being decoded, or the scheduler has sent nothing."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class LoadedNetwork:
 
         _ = self.predictor  # loaded before the device's time begins
         prob_HW, seen_px = predict_core(image_CHW, valid_HW, core, recipe.halo_px, card.stride, predict)
-        self._too_large_px = min(self._too_large_px, *refused, math.inf)
+        self._too_large_px = min([self._too_large_px, *refused])
         return Passed(prob_HW, seen_px, seconds)
 
     def written(self) -> None:

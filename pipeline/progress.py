@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .stages import Receipt
 
 LOG_EVERY_S = 10.0
-_WAITS = {"read": "for a block's chunks", "write": "for the last block to be stored", "block": "for a block to predict"}
 
 
 @dataclass
@@ -166,7 +165,10 @@ def busy_share(device: Mapping[str, float]) -> float:
 
 def told_of_device(device: Mapping[str, float]) -> str:
     """How busy devices were, and what they waited for."""
-    waits = ", ".join(f"{device[what] / sum(device.values()):.0%} {told}" for what, told in _WAITS.items())
+    # Here: a run that finds nothing to do needs this module, and none of what the network's needs.
+    from .network import WAITS
+
+    waits = ", ".join(f"{device[what] / sum(device.values()):.0%} {told}" for what, told in WAITS.items())
     return f"{busy_share(device):.0%} of the time in the network; waited {waits}"
 
 

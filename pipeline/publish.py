@@ -43,7 +43,6 @@ from .tile_masks import write_tile_masks
 ORDER_CELL_PX = 4096
 """Buildings are published cell by cell of the lattice, row by row, and in a cell by first pixel: whatever the cut."""
 
-
 RIM_PX = 64
 """So far from the sides of its block a building is hardly ever met by one of another block."""
 
@@ -57,8 +56,7 @@ class Published:
 
     changes: buildings added, removed and modified since the last publishing; validity: invalid pixels by reason;
     skipped: tiles that could not be read, and why; device: seconds of the network and of what devices waited for;
-    tile_masks, files: paths in the run folder of the masks of
-    single tiles and of the footprints in other formats.
+    tile_masks, files: paths in the run folder of the masks of single tiles and of the footprints in other formats.
     """
 
     geopackage: Path
@@ -93,7 +91,7 @@ def publish_all(config: CityConfig, plan: Plan, listener: Listener, homes: Cells
         prob_HW = read_in_area(site, window)
         mask_px += int(np.count_nonzero(mask_of(prob_HW, threshold_u8)))
         valid_px += int(np.count_nonzero(prob_HW != INVALID))
-        valid = _union(valid, _bounds_of(prob_HW != INVALID, window))
+        valid = _union(valid, Window.around(prob_HW != INVALID, window.row_off, window.col_off))
         return prob_HW
 
     give_freed_memory_back()
@@ -251,15 +249,6 @@ def _validity(site: Site, skipped: dict[int, str]) -> dict[str, int]:
 
 def _union(one: Window | None, other: Window | None) -> Window | None:
     return one if other is None else other if one is None else one.union(other)
-
-
-def _bounds_of(there_HW: NDArray[np.bool_], window: Window) -> Window | None:
-    """The smallest window around what is True in an array that covers a window."""
-    rows, cols = np.flatnonzero(there_HW.any(axis=1)), np.flatnonzero(there_HW.any(axis=0))
-    if not len(rows):
-        return None
-    row, col = window.row_off, window.col_off
-    return Window.between(row + int(rows[0]), col + int(cols[0]), row + int(rows[-1]) + 1, col + int(cols[-1]) + 1)
 
 
 def _imagery(plan: Plan, valid: Window | None) -> Imagery:

@@ -105,21 +105,31 @@ class Window:
 
     def halves(self, step: int) -> tuple[Window, Window] | None:
         """Cut across the longer side at a multiple of step near its middle; None where there is none within."""
-        row_off, col_off, row_stop, col_stop = self.row_off, self.col_off, self.row_stop, self.col_stop
-        if self.height >= self.width:
-            line = _floor_to(row_off + self.height // 2 + step // 2, step)
-            if not row_off < line < row_stop:
-                return None
-            return Window.between(row_off, col_off, line, col_stop), Window.between(line, col_off, row_stop, col_stop)
-        line = _floor_to(col_off + self.width // 2 + step // 2, step)
-        if not col_off < line < col_stop:
+        tall = self.height >= self.width
+        off, side = (self.row_off, self.height) if tall else (self.col_off, self.width)
+        first = _floor_to(off + side // 2 + step // 2, step) - off
+        if not 0 < first < side:
             return None
-        return Window.between(row_off, col_off, row_stop, line), Window.between(row_off, line, row_stop, col_stop)
+        if tall:
+            one = Window(self.row_off, self.col_off, first, self.width)
+            return one, Window(one.row_stop, self.col_off, self.height - first, self.width)
+        one = Window(self.row_off, self.col_off, self.height, first)
+        return one, Window(self.row_off, one.col_stop, self.height, self.width - first)
 
     @staticmethod
     def cell(row: int, col: int, step: int) -> Window:
         """The cell of step x step pixels with absolute index (row, col): a chunk or a block."""
         return Window(row * step, col * step, step, step)
+
+    @staticmethod
+    def around(there_HW: NDArray[np.bool_], row_off: int = 0, col_off: int = 0) -> Window | None:
+        """The smallest window around what is True in a mask with this upper left pixel; None where nothing is."""
+        rows = np.flatnonzero(there_HW.any(axis=1))
+        if not len(rows):
+            return None
+        top, bottom = int(rows[0]), int(rows[-1]) + 1
+        cols = np.flatnonzero(there_HW[top:bottom].any(axis=0))
+        return Window.between(row_off + top, col_off + int(cols[0]), row_off + bottom, col_off + int(cols[-1]) + 1)
 
     @staticmethod
     def between(row_off: int, col_off: int, row_stop: int, col_stop: int) -> Window:

@@ -33,16 +33,8 @@ def resolve_window(valid_HW: NDArray[np.bool_], core: Window, halo_px: int, stri
 
     valid_HW covers the core. None where the core has no valid pixel: then there is nothing to predict.
     """
-    rows, cols = np.flatnonzero(valid_HW.any(axis=1)), np.flatnonzero(valid_HW.any(axis=0))
-    if not len(rows):
-        return None
-    box = Window.between(
-        core.row_off + int(rows[0]),
-        core.col_off + int(cols[0]),
-        core.row_off + int(rows[-1]) + 1,
-        core.col_off + int(cols[-1]) + 1,
-    )
-    return reach(box, halo_px, stride)
+    box = Window.around(valid_HW, core.row_off, core.col_off)
+    return None if box is None else reach(box, halo_px, stride)
 
 
 def predict_core(

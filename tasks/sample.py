@@ -142,10 +142,9 @@ class Masked:
 def count(label_HW: NDArray[np.uint8], valid_HW: NDArray[np.uint8]) -> tuple[Window, int, int] | None:
     """Bounding box of the labelled pixels, their number, and that of buildings; None where there are none."""
     scored_HW = valid_HW == SCORED
-    rows, cols = np.flatnonzero(scored_HW.any(axis=1)), np.flatnonzero(scored_HW.any(axis=0))
-    if not len(rows):
+    window = Window.around(scored_HW)
+    if window is None:
         return None
-    window = Window.between(int(rows[0]), int(cols[0]), int(rows[-1]) + 1, int(cols[-1]) + 1)
     return window, int(np.count_nonzero(scored_HW)), int(np.count_nonzero(scored_HW & (label_HW != 0)))
 
 

@@ -432,11 +432,7 @@ def _frame(mask_HW: NDArray[np.bool_]) -> Window:
 
 def _bounds(mask_HW: NDArray[np.bool_]) -> Window:
     """The smallest window around what is True in a mask, counted from its corner; of no pixels where nothing is."""
-    rows = np.flatnonzero(mask_HW.any(axis=1))
-    if not len(rows):
-        return Window(0, 0, 0, 0)
-    cols = np.flatnonzero(mask_HW[rows[0] : rows[-1] + 1].any(axis=0))
-    return Window.between(int(rows[0]), int(cols[0]), int(rows[-1]) + 1, int(cols[-1]) + 1)
+    return Window.around(mask_HW) or Window(0, 0, 0, 0)
 
 
 def _fringe(
