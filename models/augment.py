@@ -164,11 +164,9 @@ def augment(
     pixels has no effect.
     """
     device = image_BCHW.device
-    matrix_B23 = _placements(image_BCHW.shape[0], image_BCHW.shape[2:], crop_yx, settings, rng).to(device)
-    valid_B1HW = valid_BHW[:, None]
-    # Masked while still bytes: most of what is read in is only surroundings.
-    stack = torch.cat([image_BCHW, label_BHW[:, None], valid_B1HW], 1) * valid_B1HW
-    warped = warp_affine(stack.float(), matrix_B23, crop_yx, align_corners=True)
+    matrix_B23 = _placements(image_BCHW.shape[0], image_BCHW.shape[2:], crop_yx, settings, rng)
+    raw = zip(image_BCHW, label_BHW, valid_BHW, matrix_B23, strict=True)
+    warped = torch.cat([_warp(image, label, valid, matrix, crop_yx) for image, label, valid, matrix in raw])
     image, target, valid = warped[:, :-2] / 255, (warped[:, -2:-1] > 0.5).float(), warped[:, -1] > 0.999
     image = _recolour(image.clamp(0, 1), settings, rng)
     image = _degrade(image, settings, rng)
@@ -199,6 +197,25 @@ def _placements(
     flip[:, 0, 2] = _tensor((1 - mirror) / 2 * (crop_yx[1] - 1))
     placed: Tensor = flip[:, :2, :2] @ turn + torch.nn.functional.pad(flip[:, :2, 2:], (2, 0))
     return placed
+
+
+def _warp(image_CHW: Tensor, label_HW: Tensor, valid_HW: Tensor, matrix_23: Tensor, crop_yx: tuple[int, int]) -> Tensor:
+    """Image, label and validity of one crop in place, float32 (1, C + 2, H, W); made of valid pixels alone.
+
+    matrix_23 is on the CPU. Only what the crop is made of is touched: that is a third of its surroundings.
+    """
+    ends_xy = torch.tensor([[0.0, 0.0], [crop_yx[1] - 1, 0.0], [0.0, crop_yx[0] - 1], [crop_yx[1] - 1, crop_yx[0] - 1]])
+    seen_xy = torch.linalg.solve(matrix_23[:, :2], (ends_xy - matrix_23[:, 2]).T)
+    (left, top), (right, bottom) = seen_xy.amin(1).floor().int().tolist(), seen_xy.amax(1).ceil().int().tolist()
+    left, top = max(left - 1, 0), max(top - 1, 0)
+    window = slice(top, bottom + 2), slice(left, right + 2)
+    shift = matrix_23[:, :2] @ torch.tensor([[left], [top]], dtype=matrix_23.dtype)
+    valid_1HW = valid_HW[None, *window]
+    # Masked while still bytes.
+    stack = torch.cat([image_CHW[:, *window], label_HW[None, *window], valid_1HW]) * valid_1HW
+    matrix_123 = torch.cat([matrix_23[:, :2], matrix_23[:, 2:] + shift], 1)[None].to(stack.device)
+    warped: Tensor = warp_affine(stack[None].float(), matrix_123, crop_yx, align_corners=True)
+    return warped
 
 
 def _recolour(image_BCHW: Tensor, settings: Augmentation, rng: np.random.Generator) -> Tensor:
