@@ -128,7 +128,7 @@ def bare_seconds(plan: Plan) -> float:
     with torch.inference_mode():
         for _ in range(BARE_PASSES + 1):
             start = time.perf_counter()
-            predictor.network(image_BCHW)
+            predictor.forward(image_BCHW)
             if image_BCHW.is_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)

@@ -119,7 +119,7 @@ def predict_and_bare(folder: Path, passes: int) -> tuple[float, float]:
         task.append(time.perf_counter() - start)
         start = time.perf_counter()
         with torch.inference_mode():
-            predictor.network(seen[0])
+            predictor.forward(seen[0])
         bare.append(time.perf_counter() - start)
     return mpx / statistics.median(task), mpx / statistics.median(bare)
 

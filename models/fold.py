@@ -1,4 +1,4 @@
-"""BatchNorm folded into convolutions: fewer passes over memory."""
+"""Networks made ready to predict: BatchNorm and ReLU done together with convolutions, in fewer passes over memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch.fx
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .networks import Network, OwnNetwork
+
+ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
+    nn.ReLU: ("relu", []),
+    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
+}
+"""What oneDNN calls them, and their numbers."""
 
 
 def fold_batchnorm(network: Network) -> None:
@@ -29,10 +35,7 @@ def fold_batchnorm(network: Network) -> None:
 
 def _pairs(network: Network) -> Iterator[tuple[str, str]]:
     """Names of convolutions, each with that of the BatchNorm that is all that its output goes to."""
-    # In training mode no layer asks what kind of tensor it is given, which a traced one could not tell.
-    graph = torch.fx.symbolic_trace(network.train()).graph
-    network.eval()
-    nodes = [node for node in graph.nodes if node.op == "call_module"]
+    nodes = [node for node in _traced(network).graph.nodes if node.op == "call_module"]
     calls = Counter(node.target for node in nodes)
     for node in nodes:
         source = node.args[0]
@@ -44,3 +47,75 @@ def _pairs(network: Network) -> Iterator[tuple[str, str]]:
             and calls[node.target] == calls[source.target] == 1
         ):
             yield source.target, node.target
+
+
+def fuse_activations(network: Network) -> nn.Module:
+    """The same function of an image, each ReLU that alone reads a convolution done in that one's pass.
+
+    For a network in eval mode on a CPU, in float32 or bfloat16; its weights are shared. Where torch has no oneDNN, and
+    for a network of a user's own, it is the network itself.
+    """
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch's own
+    if isinstance(network, OwnNetwork) or not has_onednn:
+        return network
+    traced = _traced(network)
+    for node in [*traced.graph.nodes]:
+        conv, source = _only_reader_of(node, traced)
+        if conv is None:
+            continue
+        name = f"fused_{source.name}"
+        traced.add_submodule(name, _Fused(conv, *ACTIVATIONS[type(traced.get_submodule(node.target))]))
+        source.target = name
+        node.replace_all_uses_with(source)
+        traced.graph.erase_node(node)
+    traced.recompile()
+    return traced.eval()
+
+
+def _only_reader_of(node: torch.fx.Node, traced: torch.fx.GraphModule) -> tuple[nn.Conv2d | None, torch.fx.Node]:
+    """The convolution whose output goes to an activation alone, and where it is done; None if the node is none."""
+    source = node
+    if node.op != "call_module" or type(traced.get_submodule(str(node.target))) not in ACTIVATIONS:
+        return None, source
+    while True:
+        read = source.args[0]
+        if not isinstance(read, torch.fx.Node) or read.op != "call_module" or len(read.users) != 1:
+            return None, source
+        source, layer = read, traced.get_submodule(str(read.target))
+        if isinstance(layer, nn.Conv2d):
+            plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+            return layer if plain else None, source
+        # What folding has left of BatchNorm.
+        if not isinstance(layer, nn.Identity):
+            return None, source
+
+
+class _Fused(nn.Module):
+    """A convolution and an activation in one pass of oneDNN."""
+
+    def __init__(self, conv: nn.Conv2d, activation: str, numbers: list[float]) -> None:
+        super().__init__()
+        self.conv, self.activation, self.numbers = conv, activation, numbers
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        it = self.conv
+        place = (it.padding, it.stride, it.dilation, it.groups)
+        y_BCHW: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x_BCHW, it.weight, it.bias, *place, self.activation, self.numbers, ""
+        )
+        return y_BCHW
+
+
+class _Tracer(torch.fx.Tracer):
+    """Looks into all layers but transposed convolutions: ours are computed otherwise in eval mode."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.ConvTranspose2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _traced(network: Network) -> torch.fx.GraphModule:
+    """The network as a graph of its layers."""
+    # In training mode no layer asks what kind of tensor it is given, which a traced one could not tell.
+    traced = torch.fx.GraphModule(network, _Tracer().trace(network.train()))
+    network.eval()
+    return traced

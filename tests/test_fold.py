@@ -1,4 +1,4 @@
-"""Folding BatchNorm changes how a network computes, never what."""
+"""Folding BatchNorm and doing ReLU with convolutions change how a network computes, never what."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
+import torch.fx
 from torch import Tensor, nn
 
-from segpipe.models.fold import fold_batchnorm
-from segpipe.models.networks import Network, OwnNetwork, build_network
+from segpipe.models.fold import fold_batchnorm, fuse_activations
+from segpipe.models.networks import NETWORKS, Network, OwnNetwork, build_network
 
 LEFT = {"unet-densenet121": 62}
 """Dense layers normalise before they convolve: what many layers read cannot be folded into the one that made it."""
@@ -113,3 +114,54 @@ def test_a_network_of_the_users_own_is_left_alone() -> None:
     network = OwnNetwork("tests:untraceable", Untraceable()).eval()
     fold_batchnorm(network)
     assert norms(network) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in ("unet-resnet101", "unet-resnet152")])
+def test_a_fused_network_gives_the_same_logits(name: str) -> None:
+    network = with_statistics(build_network(name)).float()
+    fold_batchnorm(network)
+    fused = fuse_activations(network)
+    side = 188 if name == "unet-valid" else 128
+    image_BCHW = torch.randn(1, 3, side, side)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(image_BCHW), network(image_BCHW), rtol=1e-4, atol=1e-4)
+    assert not any(layer.training for layer in fused.modules())
+
+
+class Activated(Network):
+    """One ReLU that alone reads a convolution, one whose convolution is read again, and one that reads no convolution.
+
+    A ReLU6 reads a convolution whose padding oneDNN does not know.
+    """
+
+    stride = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone, self.again = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.mirrored = nn.Conv2d(4, 1, 3, padding=1, padding_mode="reflect")
+        self.relu, self.relu6 = nn.ReLU(), nn.ReLU6()
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        first = self.relu(self.alone(image_BCHW))
+        second = self.again(first)
+        logits_BKHW: Tensor = self.relu6(self.mirrored(self.relu(second) + self.relu(second + first)))
+        return logits_BKHW
+
+
+def test_only_what_alone_reads_a_plain_convolution_is_fused() -> None:
+    torch.manual_seed(0)
+    network = Activated().eval()
+    fused = fuse_activations(network)
+    image_BCHW = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(image_BCHW), network(image_BCHW), rtol=1e-5, atol=1e-6)
+    assert isinstance(fused, torch.fx.GraphModule)
+    called = [str(node.target) for node in fused.graph.nodes if node.op == "call_module"]
+    assert called.count("relu") == 2 and called.count("relu6") == 1
+    assert sum(name.startswith("fused") for name in called) == 1
+
+
+def test_a_network_of_the_users_own_is_not_fused() -> None:
+    network = OwnNetwork("tests:untraceable", Untraceable()).eval()
+    assert fuse_activations(network) is network
