@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ MOST_LOST = 3
 """Times that a task may go down alone with a worker whose host goes too: that may be a batch system's doing."""
 TASKS_PER_GPU = 2
 """While one block is in the network, the next one is read, or the last one written."""
+READS_AT_ONCE = 4
+"""Chunks that are one task to Dask, whose scheduler takes some 2 ms for each, and a worker 0.1 s for a chunk."""
 OWN_FAILURES = 0
 """`distributed.scheduler.allowed-failures` of schedulers that are ours: of the tasks of a worker that dies it is not
 known which has killed it, so none is sent again in company."""
@@ -71,7 +74,7 @@ class Distributed:
         self.dashboard = client.dashboard_link if _has_dashboard(client) else ""
         self._done = as_completed(loop=client.loop, with_results=False, raise_errors=False)
         self._unsent: list[_Sent] = []
-        self._sent: dict[Any, _Sent] = {}
+        self._sent: dict[Any, list[_Sent]] = {}
         self._suspects: list[_Sent] = []
         self._ended: list[Outcome] = []
         self._unfit = dict.fromkeys(unfit, "another kind of device")
@@ -113,19 +116,21 @@ class Distributed:
 
     def _send_all(self) -> None:
         """Send what was submitted: alike tasks in one message, for the scheduler takes about as long for one task."""
-        alike: defaultdict[tuple[bool, int, str], list[_Sent]] = defaultdict(list)
+        alike: defaultdict[tuple[bool, int, str], list[list[_Sent]]] = defaultdict(list)
         for sent in self._unsent:
-            alike[sent.task.gpu, sent.task.priority, sent.alone_on].append(sent)
+            calls = alike[sent.task.gpu, sent.task.priority, sent.alone_on]
+            if calls and sent.task.stage.__name__ == "read" and not sent.alone_on and len(calls[-1]) < READS_AT_ONCE:
+                calls[-1].append(sent)
+            else:
+                calls.append([sent])
         self._unsent = []
-        for (gpu, priority, alone_on), batch in alike.items():
-            tasks = [sent.task for sent in batch]
+        for (gpu, priority, alone_on), calls in alike.items():
             workers = [alone_on] if alone_on else self._chosen_workers()
             futures = self._client.map(
                 work,
-                [self._run] * len(tasks),
-                [task.stage.__name__ for task in tasks],
-                [task.arguments for task in tasks],
-                key=[_key_of(task) for task in tasks],
+                [self._run] * len(calls),
+                [[(sent.task.stage.__name__, sent.task.arguments) for sent in call] for call in calls],
+                key=[_key_of(call[0].task) for call in calls],
                 resources={"GPU": 1 / TASKS_PER_GPU} if gpu else None,
                 workers=workers,
                 # Fit workers may be gone and others have come: those say so themselves.
@@ -133,7 +138,7 @@ class Distributed:
                 priority=-priority,
                 pure=False,
             )
-            self._sent.update(zip(futures, batch, strict=True))
+            self._sent.update(zip(futures, calls, strict=True))
             self._done.update(futures)
 
     def _chosen_workers(self) -> list[str] | None:
@@ -145,7 +150,7 @@ class Distributed:
     def next(self) -> Outcome:
         """Wait for the next task to end. RunError if nobody is left that could end one."""
         while not self._ended:
-            if self._suspects and all(sent.alone_on for sent in (*self._sent.values(), *self._unsent)):
+            if self._suspects and all(sent.alone_on for sent in (*self._under_way(), *self._unsent)):
                 self._try_alone()
             self._send_all()
             if self._arrived():
@@ -153,6 +158,9 @@ class Distributed:
             if time.monotonic() - self._looked >= LOOK_EVERY_S:
                 self._look()
         return self._ended.pop(0)
+
+    def _under_way(self) -> Iterator[_Sent]:
+        return chain.from_iterable(self._sent.values())
 
     def _arrived(self) -> bool:
         """Wait until a task has ended, but not longer than until it is time to look after the workers."""
@@ -165,8 +173,7 @@ class Distributed:
 
         finished = []
         for future in self._done.next_batch(block=False):
-            sent = self._sent.get(future)
-            if sent is None:
+            if future not in self._sent:
                 continue  # taken back: its worker was gone
             if future.cancelled():
                 raise _scheduler_lost()
@@ -176,20 +183,20 @@ class Distributed:
                 self._done.add(future)
             else:
                 error = future.exception()
-                del self._sent[future]
-                if isinstance(error, KilledWorker):
-                    self._suspect(sent)
-                elif isinstance(error, WorkerError) and error.worker:
-                    self._leave_out(error)
-                    self._unsent.append(sent)
-                else:
-                    self._ended.append(Outcome(sent.task, None, error, ""))
+                for sent in self._sent.pop(future):
+                    if isinstance(error, KilledWorker):
+                        self._suspect(sent)
+                    elif isinstance(error, WorkerError) and error.worker:
+                        self._leave_out(error)
+                        self._unsent.append(sent)
+                    else:
+                        self._ended.append(Outcome(sent.task, None, error, ""))
         if finished:
             self._fetch(finished)
 
     def _fetch(self, futures: list[Any]) -> None:
         """Fetch the receipts of finished tasks, all in one message; what a worker takes with it is waited for again."""
-        found: list[tuple[Receipt, str]] = []
+        found: list[tuple[list[Receipt | Exception], str]] = []
         with contextlib.suppress(Exception, asyncio.CancelledError):
             found = self._client.sync(
                 lambda: self._client.gather(futures, errors="skip", asynchronous=True),
@@ -198,10 +205,13 @@ class Distributed:
         if len(found) != len(futures):
             self._done.update(futures)
             return
-        for future, (receipt, worker) in zip(futures, found, strict=True):
-            sent = self._sent.pop(future)
-            self._busy_s += receipt.values.get("device", {}).get("network", 0.0)
-            self._ended.append(Outcome(sent.task, receipt, None, worker))
+        for future, (ended, worker) in zip(futures, found, strict=True):
+            for sent, end in zip(self._sent.pop(future), ended, strict=True):
+                if isinstance(end, Exception):
+                    self._ended.append(Outcome(sent.task, None, end, ""))
+                    continue
+                self._busy_s += end.values.get("device", {}).get("network", 0.0)
+                self._ended.append(Outcome(sent.task, end, None, worker))
 
     # Looking after the workers
 
@@ -227,7 +237,7 @@ class Distributed:
                 f"no worker that could go on was seen for {GONE_FOR_S:.0f} s{self._told_of_unfit()}; what is done is"
                 ' kept; start workers (with --resources "GPU=1") and run the same command again to go on'
             )
-        for future, sent in list(self._sent.items()):
+        for future, (sent, *_) in list(self._sent.items()):
             if sent.alone_on and sent.alone_on not in self._workers and not future.done():
                 # Sent to that one alone it would wait for ever.
                 del self._sent[future]
@@ -236,7 +246,7 @@ class Distributed:
 
     def _has_worker(self) -> bool:
         """True if some task that is under way has a worker that it could run on, or none is under way."""
-        tasks = [sent.task for sent in (*self._sent.values(), *self._suspects)]
+        tasks = [sent.task for sent in (*self._under_way(), *self._suspects)]
         fit = [worker for address, worker in self._workers.items() if address not in self._unfit]
         return not tasks or any(_has_gpu(worker) or not task.gpu for worker in fit for task in tasks)
 
@@ -253,7 +263,7 @@ class Distributed:
     def _try_alone(self) -> None:
         """Send suspects to workers, one to each."""
         self._workers = self._client.scheduler_info(n_workers=-1)["workers"]
-        taken = {sent.alone_on for sent in self._sent.values()} | self._unfit.keys()
+        taken = {sent.alone_on for sent in self._under_way()} | self._unfit.keys()
         free = {address: worker for address, worker in self._workers.items() if address not in taken}
         for sent in list(self._suspects):
             able = [address for address, worker in free.items() if _has_gpu(worker) or not sent.task.gpu]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from segpipe.tasks.errors import WorkerError
+from segpipe.tasks.errors import SegpipeError, WorkerError
 
 from .cluster_check import unfit_because
 from .devices import take_own_device
@@ -70,8 +70,8 @@ def refusal(run: str) -> str:
     return _refusals.get(run, "it did not take the plan; its log says why")
 
 
-def work(run: str, stage: str, arguments: tuple[Any, ...]) -> tuple[Receipt, str]:
-    """One task on a worker."""
+def work(run: str, calls: Sequence[tuple[str, tuple[Any, ...]]]) -> tuple[list[Receipt | Exception], str]:
+    """Tasks on a worker, one after the other: stage and arguments. What one of several raises is told in its place."""
     from distributed import get_worker
 
     from . import stages
@@ -83,8 +83,14 @@ def work(run: str, stage: str, arguments: tuple[Any, ...]) -> tuple[Receipt, str
         time.sleep(0.05)
     if reason := refusal(run):
         raise WorkerError(reason, worker.address)
-    try:
-        receipt: Receipt = getattr(stages, stage)(_sites[run], *arguments)
-    except WorkerError as error:
-        raise WorkerError(str(error), worker.address) from None
-    return receipt, str(worker.name)
+    ended: list[Receipt | Exception] = []
+    for stage, arguments in calls:
+        try:
+            ended.append(getattr(stages, stage)(_sites[run], *arguments))
+        except WorkerError as error:
+            raise WorkerError(str(error), worker.address) from None
+        except SegpipeError as error:
+            if len(calls) == 1:
+                raise
+            ended.append(error)
+    return ended, str(worker.name)
