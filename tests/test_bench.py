@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import click
 import pytest
@@ -13,15 +14,30 @@ from click.testing import CliRunner
 SCRIPTS = sorted((Path(__file__).parents[1] / "bench").glob("*.py"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_a_script_loads_and_names_the_command_that_runs_it(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def load(script: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"bench_{script.stem}", script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_script_loads_and_names_the_command_that_runs_it(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load(script, monkeypatch)
     assert f"python bench/{script.name}" in (module.__doc__ or "")
     main = getattr(module, "main", None)
     if isinstance(main, click.Command):
         told = CliRunner().invoke(main, ["--help"])
         assert told.exit_code == 0, told.output
+
+
+def test_every_table_of_the_page_of_benchmarks_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (script,) = (script for script in SCRIPTS if script.stem == "plots")
+    page = tmp_path / "benchmarks.md"
+    page.write_bytes((script.parents[1] / "docs" / "benchmarks.md").read_bytes())
+    module = load(script, monkeypatch)
+    monkeypatch.setattr(module, "PAGE", page)
+    module.main()
+    assert page.with_suffix(".png").stat().st_size > 10_000
