@@ -55,15 +55,16 @@ def fuse_activations(network: Network) -> nn.Module:
     For a network in eval mode on a CPU, in float32 or bfloat16; its weights are shared. Where torch has no oneDNN, and
     for a network of a user's own, it is the network itself.
     """
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch's own
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch gives it no types
     if isinstance(network, OwnNetwork) or not has_onednn:
         return network
     traced = _traced(network)
     for node in [*traced.graph.nodes]:
-        conv, source = _only_reader_of(node, traced)
-        if conv is None:
+        source = _convolution_before(node, traced)
+        if source is None:
             continue
-        name = f"fused_{source.name}"
+        conv, name = traced.get_submodule(str(source.target)), f"fused_{source.name}"
+        assert isinstance(conv, nn.Conv2d)
         traced.add_submodule(name, _Fused(conv, *ACTIVATIONS[type(traced.get_submodule(node.target))]))
         source.target = name
         node.replace_all_uses_with(source)
@@ -72,22 +73,21 @@ def fuse_activations(network: Network) -> nn.Module:
     return traced.eval()
 
 
-def _only_reader_of(node: torch.fx.Node, traced: torch.fx.GraphModule) -> tuple[nn.Conv2d | None, torch.fx.Node]:
-    """The convolution whose output goes to an activation alone, and where it is done; None if the node is none."""
-    source = node
+def _convolution_before(node: torch.fx.Node, traced: torch.fx.GraphModule) -> torch.fx.Node | None:
+    """Where the convolution is done that an activation alone reads; None if the node is no such activation."""
     if node.op != "call_module" or type(traced.get_submodule(str(node.target))) not in ACTIVATIONS:
-        return None, source
+        return None
     while True:
-        read = source.args[0]
-        if not isinstance(read, torch.fx.Node) or read.op != "call_module" or len(read.users) != 1:
-            return None, source
-        source, layer = read, traced.get_submodule(str(read.target))
+        source = node.args[0]
+        if not isinstance(source, torch.fx.Node) or source.op != "call_module" or len(source.users) != 1:
+            return None
+        layer = traced.get_submodule(str(source.target))
         if isinstance(layer, nn.Conv2d):
-            plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-            return layer if plain else None, source
+            return source if layer.padding_mode == "zeros" and not isinstance(layer.padding, str) else None
         # What folding has left of BatchNorm.
         if not isinstance(layer, nn.Identity):
-            return None, source
+            return None
+        node = source
 
 
 class _Fused(nn.Module):
