@@ -217,12 +217,10 @@ class Distributed:
 
     def _look(self) -> None:
         """See who is there, replace what was lost, and take back what was sent to one alone who is gone."""
-        if self._client.status not in ("running", "connecting"):
-            raise _scheduler_lost()
         now = time.monotonic()
         if self._count_gpus and self._looked:
             self._held_s += (now - self._looked) * sum(1 for it in self._workers.values() if _has_gpu(it))
-        self._workers, self._looked = self._client.scheduler_info(n_workers=-1)["workers"], now
+        self._workers, self._looked = workers_of(self._client), now
         self._coming = self._jobs.upkeep(self._workers)
         if (spared := self._to_be_spared()) and not any(self._client.processing(workers=spared).values()):
             self._sparing = False
@@ -262,7 +260,7 @@ class Distributed:
 
     def _try_alone(self) -> None:
         """Send suspects to workers, one to each."""
-        self._workers = self._client.scheduler_info(n_workers=-1)["workers"]
+        self._workers = workers_of(self._client)
         taken = {sent.alone_on for sent in self._under_way()} | self._unfit.keys()
         free = {address: worker for address, worker in self._workers.items() if address not in taken}
         for sent in list(self._suspects):
@@ -291,7 +289,7 @@ class Distributed:
         """Whether a nanny starts a worker anew, so that it was the process alone that died, and not its host or job."""
         deadline = time.monotonic() + WORKER_TIMEOUT_S
         while time.monotonic() < deadline:
-            self._workers = self._client.scheduler_info(n_workers=-1)["workers"]
+            self._workers = workers_of(self._client)
             if any(str(worker["name"]) == name for worker in self._workers.values()):
                 return True
             time.sleep(0.2)
@@ -394,6 +392,16 @@ def _patiently(call: Callable[[], object]) -> None:
             if time.monotonic() > deadline:
                 raise RunError(f"workers do not answer: {error}; run the same command again to go on") from None
             time.sleep(0.5)
+
+
+def workers_of(client: Any) -> Mapping[str, Mapping[str, Any]]:
+    """The workers that the scheduler has, by address. RunError if it is gone: the client has given it up."""
+    found = client.scheduler_info(n_workers=-1)
+    # What was last known stays, and says nothing, in a client that closes; one that has closed knows nothing at all.
+    if client.status not in ("running", "connecting") or "workers" not in found:
+        raise _scheduler_lost()
+    workers: Mapping[str, Mapping[str, Any]] = found["workers"]
+    return workers
 
 
 def _scheduler_lost() -> RunError:

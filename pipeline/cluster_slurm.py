@@ -23,6 +23,7 @@ from .cluster import Cluster, Jobs
 from .cluster_check import ANSWER_S, Tls, facts_here
 from .cluster_kinds import connect, dask_settings, security
 from .cluster_local import THREADS_PER_WORKER, close_soon
+from .cluster_pool import workers_of
 from .config import CityConfig, GroupConfig, SlurmConfig
 from .plan import Crew, bytes_of
 
@@ -135,7 +136,7 @@ def _crew(client: Any, jobs: SlurmJobs, name: str, group: GroupConfig, say: Call
         device, torch, gpu_bytes = found.device, found.torch, found.gpu_bytes
         if name == "gpu":
             jobs.scale("gpu", 0)
-            while any(it["resources"].get("GPU") for it in client.scheduler_info(n_workers=-1)["workers"].values()):
+            while any(it["resources"].get("GPU") for it in workers_of(client).values()):
                 time.sleep(0.2)
     return Crew(
         device=device,
@@ -150,7 +151,7 @@ def _crew(client: Any, jobs: SlurmJobs, name: str, group: GroupConfig, say: Call
 def _first_facts(client: Any, jobs: SlurmJobs) -> Any:
     """What the first worker is that can predict. It is waited for as long as SLURM has a job for it."""
     while True:
-        workers = client.scheduler_info(n_workers=-1)["workers"]
+        workers = workers_of(client)
         if any(worker["resources"].get("GPU") for worker in workers.values()):
             for found in client.run(facts_here, on_error="ignore").values():
                 if found.predicts:

@@ -18,7 +18,7 @@ from hosts import DRIVER, Certificates, Hosts, wait_until
 from segpipe.pipeline import cluster_kinds, cluster_pool, run
 from segpipe.pipeline.cluster import Outcome
 from segpipe.pipeline.cluster_check import Facts, choose_crew
-from segpipe.pipeline.cluster_pool import Distributed
+from segpipe.pipeline.cluster_pool import Distributed, workers_of
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.run import check_cluster
 from segpipe.pipeline.storage import folder_at
@@ -214,6 +214,19 @@ def test_a_scheduler_that_dies_ends_the_run_in_one_line_and_the_next_one_goes_on
     hosts.worker("another")
     map_it(on(city, hosts), f"output=orphan{count}")
     assert_as_undisturbed(city, f"orphan{count}")
+
+
+@pytest.mark.parametrize("known", [{}, {"workers": {"tcp://10.0.0.1:1": {}}}], ids=["nothing", "what was"])
+def test_a_client_that_closes_while_it_is_asked_says_that_the_scheduler_was_lost(known: dict[str, Any]) -> None:
+    class Closing:
+        status = "running"
+
+        def scheduler_info(self, n_workers: int) -> dict[str, Any]:
+            self.status = "closed"
+            return known
+
+    with pytest.raises(RunError, match=r"^the Dask scheduler was lost"):
+        workers_of(Closing())
 
 
 @pytest.mark.parametrize("moment", range(3))

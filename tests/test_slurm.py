@@ -18,7 +18,7 @@ from deeds import DEED, DIARY, fragile_city
 
 from segpipe.pipeline import cluster_slurm
 from segpipe.pipeline.cluster import Outcome
-from segpipe.pipeline.cluster_pool import Distributed
+from segpipe.pipeline.cluster_pool import Distributed, workers_of
 from segpipe.pipeline.cluster_slurm import SlurmJobs
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.run import check_cluster
@@ -173,7 +173,7 @@ def test_workers_of_one_job_take_a_device_of_its_list_each(
     def ask(pool: Distributed) -> None:
         while len(devices) < 2:
             found = pool._client.run(lambda: os.environ.get("CUDA_VISIBLE_DEVICES", ""), on_error="ignore")
-            names = {address: worker["name"] for address, worker in pool._client.scheduler_info(-1)["workers"].items()}
+            names = {address: worker["name"] for address, worker in workers_of(pool._client).items()}
             devices[:] = [it for address, it in found.items() if str(names.get(address)).startswith("gpu")]
 
     when_predicted(monkeypatch, 1, ask)
