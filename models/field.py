@@ -267,19 +267,23 @@ def _ones_convolution(
     return convolution(total, kernel, None, stride=stride, padding=padding, dilation=dilation, **named)
 
 
-def peak_bytes_per_px(network: nn.Module, dtype: torch.dtype, bands: int = 3, window_px: int = 2048) -> float:
+def peak_bytes_per_px(
+    network: nn.Module, dtype: torch.dtype, bands: int = 3, run: nn.Module | None = None, window_px: int = 2048
+) -> float:
     """Most bytes of activations alive at once in one forward pass, for each pixel of the window.
 
-    Input and output included; weights and the scratch space of the convolution library not. Nothing is computed: the
-    pass runs on the meta device, and every storage is counted from its first use until Python lets go of it. A user's
-    own network that does not run there is run on a small window instead.
+    run: what runs in place of the network, if anything does. Input and output included; weights and the scratch space
+    of the convolution library not. Nothing is computed: the pass runs on the meta device, and every storage is counted
+    from its first use until Python lets go of it. A user's own network that does not run there is run on a small window
+    instead.
     """
+    window = window_px, window_px + getattr(network, "remainder_px", 0)
     if isinstance(network, OwnNetwork):
         try:
-            return _peak_bytes_on_meta(network, dtype, bands, window_px)
+            return _peak_bytes_on_meta(network, dtype, bands, *window)
         except (RuntimeError, NotImplementedError, TypeError):
             return _peak_bytes_on_cpu(network, dtype, bands, OWN_WINDOW * network.stride)
-    return _peak_bytes_on_meta(network, dtype, bands, window_px)
+    return _peak_bytes_on_meta(run or network, dtype, bands, *window)
 
 
 def _peak_bytes_on_cpu(network: nn.Module, dtype: torch.dtype, bands: int, window_px: int) -> float:
@@ -288,10 +292,9 @@ def _peak_bytes_on_cpu(network: nn.Module, dtype: torch.dtype, bands: int, windo
     return float(live.peak_bytes) / window_px**2 * dtype.itemsize / torch.float32.itemsize
 
 
-def _peak_bytes_on_meta(network: nn.Module, dtype: torch.dtype, bands: int, window_px: int) -> float:
+def _peak_bytes_on_meta(network: nn.Module, dtype: torch.dtype, bands: int, window_px: int, side: int) -> float:
     state = {name: _meta(tensor, dtype) for name, tensor in (*network.named_parameters(), *network.named_buffers())}
     with _in_eval_mode(network), torch.inference_mode(), _LiveStorages() as live:
-        side = window_px + getattr(network, "remainder_px", 0)
         image_BCHW = torch.empty(1, bands, side, side, dtype=dtype, device="meta")
         torch.func.functional_call(network, state, (image_BCHW,))
     peak_bytes: int = live.peak_bytes

@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .networks import Network, OwnNetwork
+from .networks.upsample import Bilinear
 
 ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
     nn.ReLU: ("relu", []),
     nn.ReLU6: ("hardtanh", [0.0, 6.0]),
 }
 """What oneDNN calls them, and their numbers."""
+
+PACKED_FOR_PX = 256
+"""Side of the maps that weights are laid out for; larger and smaller ones are convolved with the same layout."""
 
 
 def fold_batchnorm(network: Network) -> None:
@@ -65,7 +69,7 @@ def fuse_activations(network: Network) -> nn.Module:
             continue
         conv, name = traced.get_submodule(str(source.target)), f"fused_{source.name}"
         assert isinstance(conv, nn.Conv2d)
-        traced.add_submodule(name, _Fused(conv, *ACTIVATIONS[type(traced.get_submodule(node.target))]))
+        traced.add_submodule(name, Fused(conv, *ACTIVATIONS[type(traced.get_submodule(node.target))]))
         source.target = name
         node.replace_all_uses_with(source)
         traced.graph.erase_node(node)
@@ -90,27 +94,34 @@ def _convolution_before(node: torch.fx.Node, traced: torch.fx.GraphModule) -> to
         node = source
 
 
-class _Fused(nn.Module):
+class Fused(nn.Module):
     """A convolution and an activation in one pass of oneDNN."""
 
     def __init__(self, conv: nn.Conv2d, activation: str, numbers: list[float]) -> None:
         super().__init__()
         self.conv, self.activation, self.numbers = conv, activation, numbers
+        self._packed: Tensor | None = None
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """The activation of the convolution."""
         it = self.conv
         place = (it.padding, it.stride, it.dilation, it.groups)
+        if self._packed is None and not it.weight.is_meta:
+            # Always for maps of one size: no answer may depend on which window came first.
+            size = [1, it.in_channels, PACKED_FOR_PX, PACKED_FOR_PX]
+            self._packed = torch.ops.mkldnn._reorder_convolution_weight(it.weight, *place, size)
+        weight = it.weight if self._packed is None else self._packed
         y_BCHW: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x_BCHW, it.weight, it.bias, *place, self.activation, self.numbers, ""
+            x_BCHW, weight, it.bias, *place, self.activation, self.numbers, ""
         )
         return y_BCHW
 
 
 class _Tracer(torch.fx.Tracer):
-    """Looks into all layers but transposed convolutions: ours are computed otherwise in eval mode."""
+    """Looks into all layers but those that double: ours are computed otherwise in eval mode, or are several calls."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.ConvTranspose2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, nn.ConvTranspose2d | Bilinear) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _traced(network: Network) -> torch.fx.GraphModule:

@@ -12,9 +12,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.Image import Resampling
-from torch import Tensor
+from torch import Tensor, nn
 
 from .fold import fold_batchnorm, fuse_activations
+from .networks import Network
+from .strips import in_strips
 from .weights import Bundle, Card
 
 Precision = Literal["float32", "bfloat16"]
@@ -28,8 +30,8 @@ LEAST_STRIDES = 16
 On a map less than 16 columns wide oneDNN's convolutions add up in another order than on wider ones (tried on AVX512,
 float32, 1 and 2 threads), so the last bit of a pixel would depend on the size of its window.
 """
-
-
+NORMALISED_ROWS = 256
+"""Of a window at once: in float32 the whole of it would take more memory than most maps of the network."""
 CORE_PX = 1024
 """Images are predicted in cores of this size, rounded up to whole strides."""
 D4 = tuple((turns, flipped) for flipped in (False, True) for turns in range(4))
@@ -80,6 +82,15 @@ def _has_avx512_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
+def made_ready(network: Network, device: str) -> nn.Module:
+    """What runs in place of a network in eval mode, on a `cpu` or on `cuda`: the same function, with the same weights.
+
+    BatchNorm is folded, in place; on a CPU each ReLU is done with its convolution, and the finest maps in strips.
+    """
+    fold_batchnorm(network)
+    return in_strips(fuse_activations(network)) if device == "cpu" else network
+
+
 class Predictor:
     """Holds a bundle's network on a device, in one precision, with a number of threads on a CPU.
 
@@ -106,12 +117,11 @@ class Predictor:
         self.dtype = torch.float32 if precision == "float32" else torch.bfloat16
         self.ways = D4 if tta == "d4" else D4[:1]
         self.network = bundle.network.eval()
-        fold_batchnorm(self.network)
+        self.forward = made_ready(self.network, device.type)
         self.network.to(device, self.dtype)
         for parameter in self.network.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        self.forward = fuse_activations(self.network) if device.type == "cpu" else self.network
 
     def predict(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
         """Probabilities of one window, prob_HW: 0 to 250 for 0 to 1, 255 where the pixel is invalid.
@@ -121,7 +131,7 @@ class Predictor:
         """
         with torch.inference_mode():
             prob_HW = self._probabilities(self.normalise(image_CHW, valid_HW))
-            stored = torch.round(prob_HW * FULL_U8).nan_to_num(INVALID_U8)
+            stored = prob_HW.mul_(FULL_U8).round_().nan_to_num_(INVALID_U8)
             stored_HW: NDArray[np.uint8] = stored.to(torch.uint8).cpu().numpy()
         return np.where(valid_HW, stored_HW, np.uint8(INVALID_U8))
 
@@ -141,25 +151,29 @@ class Predictor:
     def normalise(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> Tensor:
         """What the network sees, image_BCHW: (x * scale - mean) / std in float32, the card's fill where invalid."""
         card = self.card
-        image_BCHW = torch.from_numpy(np.ascontiguousarray(image_CHW)).to(self.device)[None].float()
+        image_BCHW = torch.from_numpy(np.ascontiguousarray(image_CHW))[None].to(self.device)
+        invalid_HW = torch.from_numpy(~valid_HW).to(self.device)
         mean_C11 = torch.tensor(card.mean, device=self.device)[:, None, None]
         std_C11 = torch.tensor(card.std, device=self.device)[:, None, None]
-        image_BCHW = (image_BCHW * card.scale - mean_C11) / std_C11
-        invalid_HW = torch.from_numpy(~valid_HW).to(self.device)
-        image_BCHW = image_BCHW.masked_fill(invalid_HW, card.fill)
-        return image_BCHW.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        seen_BCHW = torch.empty_like(image_BCHW, dtype=self.dtype, memory_format=torch.channels_last)
+        for first in range(0, invalid_HW.shape[0], NORMALISED_ROWS):
+            rows = slice(first, first + NORMALISED_ROWS)
+            part_BCHW = image_BCHW[:, :, rows].float().mul_(card.scale).sub_(mean_C11).div_(std_C11)
+            seen_BCHW[:, :, rows] = part_BCHW.masked_fill_(invalid_HW[rows], card.fill)
+        return seen_BCHW
 
     def _probabilities(self, image_BCHW: Tensor, least_px: int | None = None) -> Tensor:
         """The mean of all ways, prob_HW in float32; NaN where the network gives no answer."""
-        total_HW = torch.zeros(image_BCHW.shape[2:], device=self.device)
+        total_HW: Tensor | None = None
         for turns, flipped in self.ways:
-            turned = torch.rot90(image_BCHW, turns, (2, 3))
-            turned = turned.flip(3) if flipped else turned
-            logits_HW = self._logits(turned, least_px)
-            prob_HW = torch.sigmoid(logits_HW / self.card.temperature)
+            turned = torch.rot90(image_BCHW, turns, (2, 3)) if turns else image_BCHW
+            logits_HW = self._logits(turned.flip(3) if flipped else turned, least_px)
+            prob_HW = (logits_HW / self.card.temperature).sigmoid_()
             prob_HW = prob_HW.flip(1) if flipped else prob_HW
-            total_HW += torch.rot90(prob_HW, -turns, (0, 1))
-        return total_HW / len(self.ways)
+            prob_HW = torch.rot90(prob_HW, -turns, (0, 1)) if turns else prob_HW
+            total_HW = prob_HW if total_HW is None else total_HW.add_(prob_HW)
+        assert total_HW is not None
+        return total_HW.div_(len(self.ways))
 
     def _logits(self, image_BCHW: Tensor, least_px: int | None) -> Tensor:
         """Logits of the first class, logits_HW in float32; NaN within the network's border."""

@@ -645,7 +645,7 @@ def _resolve_recipe(
     import torch
 
     from segpipe.models.field import peak_bytes_per_px
-    from segpipe.models.predictor import device_recipe, is_fast_in_bfloat16, resolve_device
+    from segpipe.models.predictor import device_recipe, is_fast_in_bfloat16, made_ready, resolve_device
     from segpipe.models.weights import blank_network
 
     own = device_recipe(resolve_device())
@@ -654,7 +654,9 @@ def _resolve_recipe(
     if precision == "auto":
         precision = "bfloat16" if is_fast_in_bfloat16(device) else "float32"
     try:
-        per_px = peak_bytes_per_px(blank_network(card), getattr(torch, precision), len(card.bands))
+        network = blank_network(card).eval()
+        run = made_ready(network, device.partition(" ")[0])
+        per_px = peak_bytes_per_px(network, getattr(torch, precision), len(card.bands), run)
     except ValueError as error:
         raise UserError(f"model: {error}") from None
     step = math.lcm(layout.chunk_px, card.stride)

@@ -215,7 +215,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, fake_network: type[FakePredictor
         yield InProcess(plan)
 
     monkeypatch.setattr(run, "open_pool", open_pool)
-    monkeypatch.setattr(field, "peak_bytes_per_px", lambda network, dtype, bands: 500.0)
+    monkeypatch.setattr(field, "peak_bytes_per_px", lambda network, dtype, bands, run: 500.0)
     return fake_network
 
 

@@ -25,7 +25,7 @@ def open_pool(plan, scheduler):
 spare_memory()
 run.open_pool = open_pool
 network.load_predictor = lambda plan: FakePredictor()
-field.peak_bytes_per_px = lambda network, dtype, bands: 500.0
+field.peak_bytes_per_px = lambda network, dtype, bands, run: 500.0
 if not folder.exists():
     write_city(folder, bundle, side, side, tile_px=512, grid={"chunk_px": 256, "block_px": 512}, nodata=None)
 published = map_it(folder / "city.yaml")

@@ -30,6 +30,7 @@ class DecoderStep(nn.Module):
         super().__init__()
         self.up = Transposed2(in_channels, up_channels)
         self.conv = double_convolution(up_channels + skip_channels, out_channels, padding)
+        self.padding = padding
         self.wide = skip_channels > 0 and up_channels + skip_channels >= WIDE * out_channels
 
     def forward(self, x_BCHW: Tensor, skip_BCHW: Tensor | None) -> Tensor:
@@ -38,7 +39,8 @@ class DecoderStep(nn.Module):
         if skip_BCHW is None:
             y_BCHW: Tensor = self.conv(x_BCHW)
             return y_BCHW
-        skip_BCHW = _cropped(skip_BCHW, x_BCHW)
+        if not self.padding:
+            skip_BCHW = _cropped(skip_BCHW, x_BCHW)
         first, *rest = self.conv
         if self.wide and isinstance(first, nn.Conv2d) and by_hand(self, x_BCHW):
             y_BCHW = _convolved_apart(first, x_BCHW, skip_BCHW)

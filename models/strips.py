@@ -1,0 +1,291 @@
+"""A network on a CPU, its finest maps in strips of rows: the same bits in a fraction of the memory.
+
+A U-Net's maps are large where they are fine, and there no layer sees further than a few rows. So rows are asked for
+from the end: those of a layer are made of the rows of its inputs that it sees, and these of theirs. Whole in memory are
+only the maps that several layers read, and coarser ones that are doubled. Rows where strips meet are made twice.
+Axes: B batch, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.fx
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from .fold import Fused
+from .networks.upsample import Bilinear, Transposed2, Transposed3, Transposed4
+
+LEAST_ROWS, MOST_ROWS = 32, 128
+"""Of a strip. Of maps two rows high oneDNN's convolutions add up in another order than of higher ones (float32)."""
+STRIP_BYTES = 48 * 2**20
+"""The largest map of a strip. Blocks of 64 MiB and more glibc takes from no thread's heap, but maps and clears anew."""
+FINE = 2
+"""A map of so many pixels of the image to each of its own, along a side, or fewer, is not kept whole to be doubled."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What makes a layer's rows of rows of its inputs, which are numbers of other layers.
+
+    Rows a to b are made of a * down - above to (b - 1) * down + below + 1, with `fill` beyond the edges. A layer that
+    doubles is given a // 2 - above to b / 2 + below instead, within the edges, and gives two rows for each.
+    scale: pixels of the image to each of the layer's, along a side.
+    """
+
+    run: Callable[..., Tensor]
+    inputs: tuple[int, ...]
+    channels: int
+    scale: int
+    doubles: bool = False
+    down: int = 1
+    above: int = 0
+    below: int = 0
+    fill: float = 0.0
+
+
+def in_strips(network: nn.Module) -> nn.Module:
+    """The same function of an image, in strips; the network itself if it is no graph of layers that are known here."""
+    layers = _layers(network) if isinstance(network, torch.fx.GraphModule) else None
+    return network if layers is None else _Strips(network, layers)
+
+
+class _Strips(nn.Module):
+    """Runs the layers of a graph, in which each follows its inputs. Memory of whole maps is kept for the next image."""
+
+    def __init__(self, graph: nn.Module, layers: list[_Layer]) -> None:
+        super().__init__()
+        self.graph, self.layers = graph, layers
+        readers = Counter(it for layer in layers for it in layer.inputs)
+        doubled = {layer.inputs[0] for layer in layers if layer.doubles}
+
+        def is_whole(number: int, layer: _Layer) -> bool:
+            # The first layer's map, if it is a skip, is the largest of all, and soon made again of so few bands.
+            several = readers[number] > 1 and layer.inputs != (0,)
+            return several or not readers[number] or (number in doubled and layer.scale > FINE)
+
+        whole = [number for number, layer in enumerate(layers) if number and is_whole(number, layer)]
+        self.together = {number: self._chain(number, {0, *whole}) for number in whole}
+        """Layers whose maps are made whole, in order; each with those that are made with it, strip by strip."""
+        self.sources = {
+            number: {it for part in chain for it in layers[part].inputs} - chain
+            for number, chain in self.together.items()
+        }
+        self.kept = _Kept()
+
+    def _chain(self, number: int, whole: set[int]) -> set[int]:
+        inputs = (it for it in self.layers[number].inputs if it not in whole)
+        return {number}.union(*(self._chain(it, whole) for it in inputs))
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Logits_BKHW; H and W multiples of the network's stride. One thread at a time."""
+        if image_BCHW.shape[0] != 1:
+            logits_BKHW: Tensor = self.graph(image_BCHW)
+            return logits_BKHW
+        self.kept.begin(image_BCHW.shape)
+        maps = {0: image_BCHW}
+        last_use = {it: number for number, sources in self.sources.items() for it in sources if it}
+        for number in self.together:
+            maps[number] = self._whole(number, maps)
+            for it in [it for it in maps if last_use.get(it) == number]:
+                self.kept.give_back(maps.pop(it))
+        return maps.popitem()[1]
+
+    def _whole(self, number: int, maps: dict[int, Tensor]) -> Tensor:
+        image_BCHW, layer = maps[0], self.layers[number]
+        height, width = (side // layer.scale for side in image_BCHW.shape[2:])
+        chain = [self.layers[it] for it in self.together[number]]
+        bytes_a_row = max(it.channels * (layer.scale / it.scale) ** 2 for it in chain) * width * image_BCHW.itemsize
+        rows = max(LEAST_ROWS, min(MOST_ROWS, STRIP_BYTES // bytes_a_row))
+        strips = min(math.ceil(height / rows), height // LEAST_ROWS)
+        if strips <= 1:
+            return self._rows(number, 0, height, maps)
+        whole_BCHW = self.kept.take(layer.channels, height, width, image_BCHW)
+        for strip in range(strips):
+            first, stop = height * strip // strips, height * (strip + 1) // strips
+            whole_BCHW[:, :, first:stop] = self._rows(number, first, stop, maps)
+        return whole_BCHW
+
+    def _rows(self, number: int, first: int, stop: int, maps: dict[int, Tensor]) -> Tensor:
+        """Rows of a map, made or taken from where it is whole."""
+        if number in maps:
+            return maps[number][:, :, first:stop]
+        layer = self.layers[number]
+        if layer.doubles:
+            (source,) = layer.inputs
+            above = max(first // 2 - layer.above, 0)
+            below = min((stop + 1) // 2 + layer.below, maps[0].shape[2] // self.layers[source].scale)
+            doubled_BCHW = layer.run(self._rows(source, above, below, maps))
+            return doubled_BCHW[:, :, first - 2 * above : stop - 2 * above]
+        rows = first * layer.down - layer.above, (stop - 1) * layer.down + layer.below + 1
+        return layer.run(*(self._padded(it, *rows, layer.fill, maps) for it in layer.inputs))
+
+    def _padded(self, number: int, first: int, stop: int, fill: float, maps: dict[int, Tensor]) -> Tensor:
+        """The same, with rows of fill beyond the edges."""
+        height = maps[0].shape[2] // self.layers[number].scale
+        above, below = max(-first, 0), max(stop - height, 0)
+        rows_BCHW = self._rows(number, first + above, stop - below, maps)
+        return nnf.pad(rows_BCHW, (0, 0, above, below), value=fill) if above or below else rows_BCHW
+
+
+class _Kept:
+    """Memory of maps that are no longer needed: for others, and for those of the next image if it is as large."""
+
+    def __init__(self) -> None:
+        self._shape: tuple[int, ...] = ()
+        self._free: list[Tensor] = []
+        self._taken: dict[int, Tensor] = {}
+
+    def begin(self, shape: tuple[int, ...]) -> None:
+        if shape != self._shape:
+            self._shape, self._free = shape, []
+        self._taken = {}
+
+    def take(self, channels: int, height: int, width: int, like: Tensor) -> Tensor:
+        """A map of one image, channels last, of undefined numbers."""
+        size = channels * height * width
+        fitting = [number for number, it in enumerate(self._free) if it.numel() >= size]
+        if fitting:
+            flat = self._free.pop(min(fitting, key=lambda number: self._free[number].numel()))
+        else:
+            flat = torch.empty(size, dtype=like.dtype, device=like.device)
+        map_BCHW = flat[:size].view(1, height, width, channels).permute(0, 3, 1, 2)
+        self._taken[id(map_BCHW)] = flat
+        return map_BCHW
+
+    def give_back(self, map_BCHW: Tensor) -> None:
+        """Nothing happens to what was not taken from here."""
+        if id(map_BCHW) in self._taken:
+            self._free.append(self._taken.pop(id(map_BCHW)))
+
+
+def _layers(graph: torch.fx.GraphModule) -> list[_Layer] | None:
+    """The layers of a graph in order, the image first; None if one is not known, or if maps do not fit each other."""
+    layers: list[_Layer] = []
+    number_of: dict[torch.fx.Node, int] = {}
+    for node in graph.graph.nodes:
+        if node.op == "output":
+            return layers if number_of.get(node.args[0]) == len(layers) - 1 else None
+        inputs = tuple(number_of[it] for it in node.all_input_nodes)
+        module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.Identity):
+            number_of[node] = inputs[0]
+            continue
+        given = [layers[it] for it in inputs]
+        if len({it.scale for it in given}) > 1 or bool(given) != bool(layers):
+            return None
+        layer: _Layer | None = None
+        if not given:
+            layer = _Layer(_concatenated, (), 0, 1)
+        elif module is not None:
+            layer = MODULES[type(module)](module, inputs, given[0]) if type(module) in MODULES else None
+        elif node.target in FUNCTIONS:
+            layer = FUNCTIONS[node.target](node, inputs, given)
+        if layer is None:
+            return None
+        number_of[node] = len(layers)
+        layers.append(layer)
+    return None
+
+
+def _convolution(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer | None:
+    conv = copy.copy(module.conv if isinstance(module, Fused) else module)
+    if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+        return None
+    (rows, cols), reach = conv.padding, conv.dilation[0] * (conv.kernel_size[0] - 1)
+    if 2 * rows != reach:
+        return None
+    conv.padding = (0, cols)
+    run = Fused(conv, module.activation, module.numbers) if isinstance(module, Fused) else conv
+    down = conv.stride[0]
+    return _Layer(run, inputs, conv.out_channels, given.scale * down, down=down, above=rows, below=reach - rows)
+
+
+def _pool(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer | None:
+    kernel, down, padding = ((it, it) if isinstance(it, int) else it for it in _sizes(module))
+    # Halves of even sides: 2 of 2, or, of maxima, 3 of 2 with one beyond the edge.
+    known = [((2, 2), (2, 2), (0, 0))] + [((3, 3), (2, 2), (1, 1))] * isinstance(module, nn.MaxPool2d)
+    if (kernel, down, padding) not in known or module.ceil_mode or getattr(module, "dilation", 1) != 1:
+        return None
+    pool, rows = copy.copy(module), padding[0]
+    pool.padding = (0, padding[1])
+    below = kernel[0] - 1 - rows
+    return _Layer(pool, inputs, given.channels, 2 * given.scale, down=2, above=rows, below=below, fill=-math.inf)
+
+
+def _sizes(module: Any) -> tuple[Any, Any, Any]:
+    return module.kernel_size, module.stride, module.padding
+
+
+def _transposed(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer | None:
+    plain = (module.kernel_size, module.stride, module.padding, module.output_padding) == (
+        (2, 2),
+        (2, 2),
+        (0, 0),
+        (0, 0),
+    )
+    if type(module) not in REACHES and not plain:
+        return None
+    above, below = REACHES.get(type(module), (0, 0))
+    return _Layer(module, inputs, module.out_channels, given.scale // 2, True, above=above, below=below)
+
+
+def _doubling(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer:
+    return _Layer(module, inputs, given.channels, given.scale // 2, True, above=1, below=1)
+
+
+def _relu(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer:
+    # Not in place: rows may be of a map that others read.
+    return _Layer(nnf.relu, inputs, given.channels, given.scale)
+
+
+def _batchnorm(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer:
+    return _Layer(module, inputs, given.channels, given.scale)
+
+
+def _concatenation(node: torch.fx.Node, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer | None:
+    tensors, *dimension = node.args
+    if dimension != [1] or node.kwargs or not isinstance(tensors, list | tuple) or len(tensors) != len(inputs):
+        return None
+    return _Layer(_concatenated, inputs, sum(it.channels for it in given), given[0].scale)
+
+
+def _sum(node: torch.fx.Node, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer | None:
+    return _Layer(torch.add, inputs, given[0].channels, given[0].scale) if len(inputs) == 2 else None
+
+
+def _relu_function(node: torch.fx.Node, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer:
+    return _relu(None, inputs, given[0])
+
+
+def _concatenated(*rows_BCHW: Tensor) -> Tensor:
+    return torch.cat(rows_BCHW, 1)
+
+
+REACHES: dict[type[nn.Module], tuple[int, int]] = {Transposed2: (0, 0), Transposed3: (0, 1), Transposed4: (1, 1)}
+"""Rows above and below one that a row's pair is made of."""
+MODULES: dict[type[nn.Module], Callable[[Any, tuple[int, ...], _Layer], _Layer | None]] = {
+    Fused: _convolution,
+    nn.Conv2d: _convolution,
+    nn.MaxPool2d: _pool,
+    nn.AvgPool2d: _pool,
+    nn.ConvTranspose2d: _transposed,
+    Transposed2: _transposed,
+    Transposed3: _transposed,
+    Transposed4: _transposed,
+    Bilinear: _doubling,
+    nn.ReLU: _relu,
+    nn.BatchNorm2d: _batchnorm,
+}
+FUNCTIONS: dict[Any, Callable[[torch.fx.Node, tuple[int, ...], list[_Layer]], _Layer | None]] = {
+    torch.cat: _concatenation,
+    operator.add: _sum,
+    nnf.relu: _relu_function,
+}
