@@ -5,8 +5,9 @@
 All take turns in one process, on the same window, in one precision, with the same threads and the allocator as it is
 set in workers, so their ratios hold even where the speeds do not. `predict` is what a worker does with a window: pixels
 normalised, the network, probabilities quantised, in a thread of its own. `bare` is the network as it is in a bundle, on
-a tensor in memory, in the main thread; `fused` the same with BatchNorm and ReLU in the convolutions. OpenVINO is
-measured where it is installed. FLOP are those of convolutions. Prints Markdown: medians.
+a tensor in memory, in the main thread; `ready` the same as `predict` runs it: BatchNorm and ReLU in the convolutions,
+the finest maps in strips. OpenVINO is measured where it is installed. FLOP are those of convolutions. Prints Markdown:
+medians.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from segpipe.pipeline.allocator import WORKER_ENVIRONMENT
 
 PRODUCT = 2048
 """Side of the matrices that are multiplied."""
-KINDS = ("predict", "bare", "fused", "compiled", "OpenVINO")
+KINDS = ("predict", "bare", "ready", "compiled", "OpenVINO")
 
 Pass = Callable[[], Any]
 
@@ -77,7 +78,7 @@ def passes(network: Network, name: str, side: int, precision: Precision) -> dict
     found: dict[str, Pass] = {
         "predict": lambda: thread.submit(predictor.predict, image_CHW, valid_HW).result(),
         "bare": waited(ready(folded=False)),
-        "fused": waited(predictor.forward),
+        "ready": waited(predictor.forward),
         "compiled": waited(torch.compile(ready(folded=True), dynamic=False, options={"freezing": True})),
     }
     if device.type == "cpu" and (by_openvino := openvino_pass(ready(folded=False).float(), image_BCHW, precision)):

@@ -35,7 +35,7 @@ class Panel:
 
 
 PANELS = (
-    Panel("The network alone", ("network",), ("predict, Mpx/s", "bare", "fused", "compiled", "OpenVINO"), "Mpx/s"),
+    Panel("The network alone", ("network",), ("predict, Mpx/s", "bare", "ready", "compiled", "OpenVINO"), "Mpx/s"),
     Panel("Speed and memory", ("city", "block"), ("whole run, Mpx/s", "predict task, Mpx/s of window"), "Mpx/s"),
     Panel("Vectorizing", ("side, px", "way"), ("times as fast as shapes",), "times as fast as shapes", "40,000"),
     Panel("Reading", ("tiles",), ("bare, s", "plain, s", "ours, s"), "s"),

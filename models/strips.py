@@ -183,6 +183,7 @@ def _layers(graph: torch.fx.GraphModule) -> list[_Layer] | None:
             return None
         layer: _Layer | None = None
         if not given:
+            # The image, which nothing makes.
             layer = _Layer(_concatenated, (), 0, 1)
         elif module is not None:
             layer = MODULES[type(module)](module, inputs, given[0]) if type(module) in MODULES else None
@@ -209,10 +210,10 @@ def _convolution(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer 
 
 
 def _pool(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer | None:
-    kernel, down, padding = ((it, it) if isinstance(it, int) else it for it in _sizes(module))
+    kernel, stride, padding = (_pair(it) for it in (module.kernel_size, module.stride, module.padding))
     # Halves of even sides: 2 of 2, or, of maxima, 3 of 2 with one beyond the edge.
     known = [((2, 2), (2, 2), (0, 0))] + [((3, 3), (2, 2), (1, 1))] * isinstance(module, nn.MaxPool2d)
-    if (kernel, down, padding) not in known or module.ceil_mode or getattr(module, "dilation", 1) != 1:
+    if (kernel, stride, padding) not in known or module.ceil_mode or getattr(module, "dilation", 1) != 1:
         return None
     pool, rows = copy.copy(module), padding[0]
     pool.padding = (0, padding[1])
@@ -220,17 +221,12 @@ def _pool(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer | None:
     return _Layer(pool, inputs, given.channels, 2 * given.scale, down=2, above=rows, below=below, fill=-math.inf)
 
 
-def _sizes(module: Any) -> tuple[Any, Any, Any]:
-    return module.kernel_size, module.stride, module.padding
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _transposed(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer | None:
-    plain = (module.kernel_size, module.stride, module.padding, module.output_padding) == (
-        (2, 2),
-        (2, 2),
-        (0, 0),
-        (0, 0),
-    )
+    plain = {module.kernel_size, module.stride} == {(2, 2)} and {module.padding, module.output_padding} == {(0, 0)}
     if type(module) not in REACHES and not plain:
         return None
     above, below = REACHES.get(type(module), (0, 0))
