@@ -87,11 +87,16 @@ def _convolution_before(node: torch.fx.Node, traced: torch.fx.GraphModule) -> to
             return None
         layer = traced.get_submodule(str(source.target))
         if isinstance(layer, nn.Conv2d):
-            return source if layer.padding_mode == "zeros" and not isinstance(layer.padding, str) else None
+            return source if pads_with_zeros(layer) else None
         # What folding has left of BatchNorm.
         if not isinstance(layer, nn.Identity):
             return None
         node = source
+
+
+def pads_with_zeros(conv: nn.Conv2d) -> bool:
+    """Whether a convolution's padding is so many rows and columns of zeros, which is what oneDNN knows."""
+    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 class Fused(nn.Module):

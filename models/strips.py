@@ -20,7 +20,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from .fold import Fused
+from .fold import Fused, pads_with_zeros
 from .networks.upsample import Bilinear, Transposed2, Transposed3, Transposed4
 
 LEAST_ROWS, MOST_ROWS = 32, 128
@@ -74,9 +74,8 @@ class _Strips(nn.Module):
         whole = [number for number, layer in enumerate(layers) if number and is_whole(number, layer)]
         self.together = {number: self._chain(number, {0, *whole}) for number in whole}
         """Layers whose maps are made whole, in order; each with those that are made with it, strip by strip."""
-        self.sources = {
-            number: {it for part in chain for it in layers[part].inputs} - chain
-            for number, chain in self.together.items()
+        self.last_use = {
+            it: number for number, chain in self.together.items() for part in chain for it in layers[part].inputs
         }
         self.kept = _Kept()
 
@@ -91,10 +90,9 @@ class _Strips(nn.Module):
             return logits_BKHW
         self.kept.begin(image_BCHW.shape)
         maps = {0: image_BCHW}
-        last_use = {it: number for number, sources in self.sources.items() for it in sources if it}
         for number in self.together:
             maps[number] = self._whole(number, maps)
-            for it in [it for it in maps if last_use.get(it) == number]:
+            for it in [it for it in maps if it and self.last_use.get(it) == number]:
                 self.kept.give_back(maps.pop(it))
         return maps.popitem()[1]
 
@@ -181,14 +179,12 @@ def _layers(graph: torch.fx.GraphModule) -> list[_Layer] | None:
         given = [layers[it] for it in inputs]
         if len({it.scale for it in given}) > 1 or bool(given) != bool(layers):
             return None
-        layer: _Layer | None = None
+        kind = node.target if module is None else type(module)
         if not given:
             # The image, which nothing makes.
-            layer = _Layer(_concatenated, (), 0, 1)
-        elif module is not None:
-            layer = MODULES[type(module)](module, inputs, given[0]) if type(module) in MODULES else None
-        elif node.target in FUNCTIONS:
-            layer = FUNCTIONS[node.target](node, inputs, given)
+            layer: _Layer | None = _Layer(_concatenated, (), 0, 1)
+        else:
+            layer = KINDS[kind](node if module is None else module, inputs, given) if kind in KINDS else None
         if layer is None:
             return None
         number_of[node] = len(layers)
@@ -196,9 +192,9 @@ def _layers(graph: torch.fx.GraphModule) -> list[_Layer] | None:
     return None
 
 
-def _convolution(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer | None:
-    conv = copy.copy(module.conv if isinstance(module, Fused) else module)
-    if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+def _convolution(module: Any, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer | None:
+    conv: Any = copy.copy(module.conv if isinstance(module, Fused) else module)
+    if not pads_with_zeros(conv):
         return None
     (rows, cols), reach = conv.padding, conv.dilation[0] * (conv.kernel_size[0] - 1)
     if 2 * rows != reach:
@@ -206,10 +202,10 @@ def _convolution(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer 
     conv.padding = (0, cols)
     run = Fused(conv, module.activation, module.numbers) if isinstance(module, Fused) else conv
     down = conv.stride[0]
-    return _Layer(run, inputs, conv.out_channels, given.scale * down, down=down, above=rows, below=reach - rows)
+    return _Layer(run, inputs, conv.out_channels, given[0].scale * down, down=down, above=rows, below=reach - rows)
 
 
-def _pool(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer | None:
+def _pool(module: Any, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer | None:
     kernel, stride, padding = (_pair(it) for it in (module.kernel_size, module.stride, module.padding))
     # Halves of even sides: 2 of 2, or, of maxima, 3 of 2 with one beyond the edge.
     known = [((2, 2), (2, 2), (0, 0))] + [((3, 3), (2, 2), (1, 1))] * isinstance(module, nn.MaxPool2d)
@@ -218,47 +214,43 @@ def _pool(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer | None:
     pool, rows = copy.copy(module), padding[0]
     pool.padding = (0, padding[1])
     below = kernel[0] - 1 - rows
-    return _Layer(pool, inputs, given.channels, 2 * given.scale, down=2, above=rows, below=below, fill=-math.inf)
+    return _Layer(pool, inputs, given[0].channels, 2 * given[0].scale, down=2, above=rows, below=below, fill=-math.inf)
 
 
 def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _transposed(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer | None:
+def _transposed(module: Any, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer | None:
     plain = {module.kernel_size, module.stride} == {(2, 2)} and {module.padding, module.output_padding} == {(0, 0)}
     if type(module) not in REACHES and not plain:
         return None
     above, below = REACHES.get(type(module), (0, 0))
-    return _Layer(module, inputs, module.out_channels, given.scale // 2, True, above=above, below=below)
+    return _Layer(module, inputs, module.out_channels, given[0].scale // 2, True, above=above, below=below)
 
 
-def _doubling(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer:
-    return _Layer(module, inputs, given.channels, given.scale // 2, True, above=1, below=1)
+def _doubling(module: Any, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer:
+    return _Layer(module, inputs, given[0].channels, given[0].scale // 2, True, above=1, below=1)
 
 
-def _relu(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer:
+def _relu(module: Any, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer:
     # Not in place: rows may be of a map that others read.
-    return _Layer(nnf.relu, inputs, given.channels, given.scale)
+    return _Layer(nnf.relu, inputs, given[0].channels, given[0].scale)
 
 
-def _batchnorm(module: Any, inputs: tuple[int, ...], given: _Layer) -> _Layer:
-    return _Layer(module, inputs, given.channels, given.scale)
+def _batchnorm(module: Any, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer:
+    return _Layer(module, inputs, given[0].channels, given[0].scale)
 
 
-def _concatenation(node: torch.fx.Node, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer | None:
+def _concatenation(node: Any, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer | None:
     tensors, *dimension = node.args
     if dimension != [1] or node.kwargs or not isinstance(tensors, list | tuple) or len(tensors) != len(inputs):
         return None
     return _Layer(_concatenated, inputs, sum(it.channels for it in given), given[0].scale)
 
 
-def _sum(node: torch.fx.Node, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer | None:
+def _sum(node: Any, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer | None:
     return _Layer(torch.add, inputs, given[0].channels, given[0].scale) if len(inputs) == 2 else None
-
-
-def _relu_function(node: torch.fx.Node, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer:
-    return _relu(None, inputs, given[0])
 
 
 def _concatenated(*rows_BCHW: Tensor) -> Tensor:
@@ -267,7 +259,7 @@ def _concatenated(*rows_BCHW: Tensor) -> Tensor:
 
 REACHES: dict[type[nn.Module], tuple[int, int]] = {Transposed2: (0, 0), Transposed3: (0, 1), Transposed4: (1, 1)}
 """Rows above and below one that a row's pair is made of."""
-MODULES: dict[type[nn.Module], Callable[[Any, tuple[int, ...], _Layer], _Layer | None]] = {
+KINDS: dict[Any, Callable[[Any, tuple[int, ...], list[_Layer]], _Layer | None]] = {
     Fused: _convolution,
     nn.Conv2d: _convolution,
     nn.MaxPool2d: _pool,
@@ -278,10 +270,9 @@ MODULES: dict[type[nn.Module], Callable[[Any, tuple[int, ...], _Layer], _Layer |
     Transposed4: _transposed,
     Bilinear: _doubling,
     nn.ReLU: _relu,
+    nnf.relu: _relu,
     nn.BatchNorm2d: _batchnorm,
-}
-FUNCTIONS: dict[Any, Callable[[torch.fx.Node, tuple[int, ...], list[_Layer]], _Layer | None]] = {
     torch.cat: _concatenation,
     operator.add: _sum,
-    nnf.relu: _relu_function,
 }
+"""By the type of a module, or the function: what makes a layer of it (or of the node that calls it)."""
