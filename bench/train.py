@@ -3,8 +3,8 @@
     python bench/train.py conf/train/buildings.yaml --set fit.crop_px=256 --set fit.batch=8 --steps 20
 
 Both take turns in one process, with the same network, loss, optimiser, precision and threads, so the ratio holds even
-where the speeds do not. A step of the training draws its crops from the chunks in other processes, augments them,
-measures them, averages weights and writes checkpoints; a bare one is forward, loss, backward and the optimiser's step.
+where the speeds do not. A step of the training draws its crops from the chunks, here or in other processes, augments
+them, measures them, averages weights and writes checkpoints; a bare one is forward, loss, backward and the optimiser's step.
 Prints Markdown: medians over the rounds, also of the ratios of each round. Processor seconds are of all threads and of
 the processes that read crops; on a machine that does other work besides, only their ratio tells something.
 """
@@ -35,6 +35,7 @@ from segpipe.models.metrics import Scores
 from segpipe.models.networks import Network
 from segpipe.models.predictor import resolve_device
 from segpipe.pipeline import train
+from segpipe.pipeline.allocator import keep_memory
 from segpipe.pipeline.config import load_train
 
 HELD = 4
@@ -95,6 +96,7 @@ def fit_seconds(run: Callable[..., Fitted], settings: FitSettings, steps: int) -
 @click.option("--steps", default=20, show_default=True, help="Steps of each kind in a round.")
 @click.option("--rounds", default=3, show_default=True)
 def main(config: Path, overrides: tuple[str, ...], steps: int, rounds: int) -> None:
+    keep_memory()
     with tempfile.TemporaryDirectory(prefix="segpipe-bench-") as name:
         job_config = load_train(config, (*overrides, f"output={name}"))
         network, loss = train.new_network(job_config), train.new_loss(job_config)

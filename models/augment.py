@@ -167,11 +167,12 @@ def augment(
     matrix_B23 = _placements(image_BCHW.shape[0], image_BCHW.shape[2:], crop_yx, settings, rng)
     raw = zip(image_BCHW, label_BHW, valid_BHW, matrix_B23, strict=True)
     warped = torch.cat([_warp(image, label, valid, matrix, crop_yx) for image, label, valid, matrix in raw])
-    image, target, valid = warped[:, :-2] / 255, (warped[:, -2:-1] > 0.5).float(), warped[:, -1] > 0.999
-    image = _recolour(image.clamp(0, 1), settings, rng)
+    # Here and below in place what can be: fresh memory costs a CPU more than the arithmetic.
+    image, target, valid = warped[:, :-2].div(255).clamp_(0, 1), (warped[:, -2:-1] > 0.5).float(), warped[:, -1] > 0.999
+    image = _recolour(image, settings, rng)
     image = _degrade(image, settings, rng)
     valid = valid & _kept(valid.shape[0], crop_yx, settings, rng, device)
-    image = normalise(image * (255 / normalisation.scale), valid, normalisation)
+    image = normalise(image.mul_(255 / normalisation.scale), valid, normalisation)
     return Batch(image.contiguous(memory_format=torch.channels_last), target * valid[:, None], valid)
 
 
@@ -179,7 +180,7 @@ def normalise(scaled_BCHW: Tensor, valid_BHW: Tensor, normalisation: Normalisati
     """The network's input from an image that is already divided by its scale; 0 where invalid, whatever lies there."""
     mean = torch.tensor(normalisation.mean, device=scaled_BCHW.device).view(1, -1, 1, 1)
     std = torch.tensor(normalisation.std, device=scaled_BCHW.device).view(1, -1, 1, 1)
-    return ((scaled_BCHW - mean) / std).masked_fill(~valid_BHW[:, None].bool(), 0.0)
+    return (scaled_BCHW - mean).div_(std).masked_fill_(~valid_BHW[:, None].bool(), 0.0)
 
 
 def _placements(
@@ -229,23 +230,23 @@ def _recolour(image_BCHW: Tensor, settings: Augmentation, rng: np.random.Generat
         image = adjust_saturation_with_gray_subtraction(image, factor)
     gain = _tensor(_log_uniform(settings.gain, (count, channels, 1, 1), rng)).to(device)
     added = _tensor(rng.uniform(-settings.brightness, settings.brightness, (count, 1, 1, 1))).to(device)
-    return (image * gain + added).clamp(0, 1)
+    return (image * gain).add_(added).clamp_(0, 1)
 
 
 def _degrade(image_BCHW: Tensor, settings: Augmentation, rng: np.random.Generator) -> Tensor:
-    """Blur and noise for some of the crops: other cameras, haze, hard compression."""
+    """Blur and noise for some of the crops, in place: other cameras, haze, hard compression."""
     picks = np.flatnonzero(rng.random(image_BCHW.shape[0]) < settings.degraded)
     if not len(picks):
         return image_BCHW
     device = image_BCHW.device
     index = torch.from_numpy(picks).to(device)
     sigma = _tensor(rng.uniform(*settings.blur_sigma_px, (len(picks), 1))).expand(-1, 2).to(device)
-    blurred = gaussian_blur2d(image_BCHW[index], (5, 5), sigma)
+    variant = gaussian_blur2d(image_BCHW[index], (5, 5), sigma)
     strength = _tensor(rng.uniform(0, settings.noise, (len(picks), 1, 1, 1))).to(device)
     # Drawn where it is needed: a GPU draws in no time what numpy takes longer for than for all else.
     noise = torch.Generator(device).manual_seed(int(rng.integers(2**63)))
-    noisy = blurred + strength * torch.randn(blurred.shape, generator=noise, device=device)
-    return image_BCHW.index_copy(0, index, noisy.clamp(0, 1))
+    variant += strength * torch.randn(variant.shape, generator=noise, device=device)
+    return image_BCHW.index_copy_(0, index, variant.clamp_(0, 1))
 
 
 def _kept(

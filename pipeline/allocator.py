@@ -1,4 +1,4 @@
-"""What glibc's allocator is told: in workers, to keep the memory of activations; in the driver, to give memory back.
+"""What glibc's allocator is told: to keep the memory of activations where networks run; in the driver, to give it back.
 
 Other C libraries have no such switches, and are left alone.
 """
@@ -6,6 +6,7 @@ Other C libraries have no such switches, and are left alone.
 from __future__ import annotations
 
 import ctypes
+import os
 
 WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
@@ -18,8 +19,20 @@ glibc gives a thread's large allocations back all the same, faulted in by huge p
 
 Not MALLOC_ARENA_MAX=1 too: blocks were up to twice as fast, but one fragmented arena took a worker from 8 to 16 GiB.
 """
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Of glibc's malloc.h."""
+
+
+def keep_memory() -> None:
+    """Have this process, which trains, keep the memory of activations and crops, and those that it starts likewise.
+
+    For the start of a process. Else each step maps its largest tensors anew.
+    """
+    os.environ.update(WORKER_ENVIRONMENT)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def spare_memory() -> None:

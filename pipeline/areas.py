@@ -6,11 +6,11 @@ lattice, one band of 0 and 1. In the validity of an area 1 is imagery with a lab
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import geopandas as gpd
@@ -26,6 +26,7 @@ from rasterio.errors import RasterioError
 from rasterio.features import rasterize
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window as RasterWindow
+from zict import LRU
 
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.files import file_stamp
@@ -53,6 +54,8 @@ INRIA_VALIDATES = range(1, 6)
 """Numbers of the tiles of each city that validate, as the data set's authors propose."""
 PICTURE_WKT = 'ENGCRS["Picture",EDATUM["Picture"],CS[Cartesian,2],AXIS["x",east],AXIS["y",north],LENGTHUNIT["metre",1]]'
 """The CRS of what has no place on the Earth."""
+KEPT_BYTES = 160 * 2**20
+"""Of decoded chunks that a process keeps."""
 VERSION = 2
 """Raised when the same files give other chunks."""
 
@@ -148,10 +151,28 @@ class AreaPlan:
         return key_of(VERSION, self.layout, self.tiles, self.label_tiles, self.values, stamps)
 
 
-@lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=512)
 def _opened(folder: Path, process: int) -> Store:
     """A store, opened once a process: loaders are forked, and share no handles."""
     return Store(folder)
+
+
+_kept: LRU[tuple[Path, str, int, int], NDArray[np.uint8]] = LRU(KEPT_BYTES, {}, weight=lambda _, chunk: chunk.nbytes)
+"""Decoded chunks by folder, array, row and column: crops overlap, and each place is looked at before it is read."""
+
+
+def _chunks(folder: Path, array: str, window: Window) -> Iterator[tuple[Window, NDArray[np.uint8]]]:
+    """The chunks that a window meets, each with its own window; those that are not kept are read in one go."""
+    store = _opened(folder, os.getpid())
+    cells = {cell: Window.cell(*cell, store.chunk_px) for cell in window.cells(store.chunk_px)}
+    found = {cell: chunk for cell in cells if (chunk := _kept.get((folder, array, *cell))) is not None}
+    missing = [cell for cell in cells if cell not in found]
+    if missing:
+        box = functools.reduce(Window.union, (cells[cell] for cell in missing))
+        values = store.read(array, box, 0)
+        for cell in missing:
+            found[cell] = _kept[folder, array, *cell] = values[(..., *cells[cell].within(box))].copy()
+    return ((cells[cell], chunk) for cell, chunk in found.items())
 
 
 @dataclass(frozen=True)
@@ -168,17 +189,17 @@ class Pixels:
 
     def __getitem__(self, key: tuple[slice, ...]) -> NDArray[np.uint8]:
         """The values in the slices, read from the chunks that they meet."""
-        store = _opened(self.folder, os.getpid())
         rows, cols = key[-2:]
-        grid = store.grid
+        grid = _opened(self.folder, os.getpid()).grid
         window = Window(
             grid.row_off + rows.start, grid.col_off + cols.start, rows.stop - rows.start, cols.stop - cols.start
         )
-        values = store.read(self.array, window, 0)
-        if self.band is None:
-            return values
-        plane: NDArray[np.uint8] = values[self.band]
-        return plane
+        values = np.zeros((*self.shape[:-2], *window.shape_yx), np.uint8)
+        for cell, chunk in _chunks(self.folder, self.array, window):
+            common = cell.intersect(window)
+            plane = chunk if self.band is None else chunk[self.band]
+            values[(..., *common.within(window))] = plane[(..., *common.within(cell))]
+        return values
 
 
 def stored_area(name: str, folder: Path, layout: Layout, known: dict[str, list[int]], **options: object) -> Area:
@@ -379,6 +400,7 @@ def open_area(plan: AreaPlan) -> Area:
     if not known["pixels"][0]:
         raise UserError(f"{plan.tiles[0].path}: no pixel is both valid and labelled; expected some to learn from")
     _opened.cache_clear()
+    _kept.clear()
     grid = plan.grid
     tiles = tuple(
         Window(cover.row_off - grid.row_off, cover.col_off - grid.col_off, *cover.shape_yx)

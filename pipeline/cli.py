@@ -210,6 +210,9 @@ def status(run: str, debug: bool) -> None:
 def train(train: Path, overrides: tuple[str, ...], debug: bool) -> None:
     """Train a network on labelled areas; the result is a model bundle that `run` takes."""
     with _told(debug, TRAIN_AGAIN):
+        from .allocator import keep_memory
+
+        keep_memory()
         from .config import load_train
         from .train import train as fit
 

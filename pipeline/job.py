@@ -193,8 +193,7 @@ def resolve_settings(config: TrainConfig, batches: int) -> FitSettings:
     precision = ("bfloat16" if fast_bfloat16(device) else "float32") if job.precision == "auto" else job.precision
     trained = config.network.initialisation not in ("lecun", "default")
     frozen = trained if config.network.frozen_statistics == "auto" else config.network.frozen_statistics
-    processors = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))
-    loaders = min(MOST_LOADERS, max(1, (processors or 1) // 2)) if job.loaders == "auto" else job.loaders
+    loaders = _loaders(device) if job.loaders == "auto" else job.loaders
     try:
         return FitSettings(
             epochs=job.epochs,
@@ -225,6 +224,14 @@ def resolve_settings(config: TrainConfig, batches: int) -> FitSettings:
         )
     except ValueError as error:
         raise UserError(f"fit: {error}") from None
+
+
+def _loaders(device: torch.device) -> int:
+    """Half the processors; none where a network on a CPU has but two or three: there a loader takes one from it."""
+    processors = (os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))) or 1
+    if device.type == "cpu" and processors < 4:
+        return 0
+    return min(MOST_LOADERS, max(1, processors // 2))
 
 
 @dataclass(frozen=True)

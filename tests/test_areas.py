@@ -11,7 +11,9 @@ from rasterio.transform import from_origin
 from rasterio.warp import Resampling, calculate_default_transform, reproject
 from shapely.affinity import affine_transform
 from shapely.geometry import LineString, box
+from zict import LRU
 
+from segpipe.pipeline import areas
 from segpipe.pipeline.areas import (
     MaskValues,
     common_resolution,
@@ -24,6 +26,7 @@ from segpipe.pipeline.areas import (
 from segpipe.pipeline.cluster_local import call_each
 from segpipe.pipeline.config import load_train
 from segpipe.pipeline.split import split_areas
+from segpipe.pipeline.store import Store
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.grid import Window
 from segpipe.tasks.sample import CONTEXT, SCORED, Area, CropSampler
@@ -83,6 +86,29 @@ def whole(area):
     """Image, label and validity of all that an area covers, without the rest of its chunks."""
     key = area.window.within(Window(0, 0, *area.label.shape))
     return area.image[slice(0, 3), *key], area.label[key], area.valid[key]
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 300_000, 2**30])
+def test_pieces_are_those_of_the_file_however_few_chunks_are_kept(job, monkeypatch, kept_bytes):
+    folder, _, _, read = job
+    image, label, _ = draw_area(700, 1100, 2)
+    write_raster(folder / "image.tif", image)
+    write_raster(folder / "mask.tif", label[None])
+    area = read()
+    kept = LRU(kept_bytes, {}, weight=lambda _, chunk: chunk.nbytes)
+    monkeypatch.setattr(areas, "_kept", kept)
+    reads = []
+    monkeypatch.setattr(Store, "read", lambda *given, read=Store.read: reads.append(given) or read(*given))
+    row, col = area.window.row_off, area.window.col_off
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        (r, s), (c, d) = np.sort(rng.integers(0, 701, 2)), np.sort(rng.integers(0, 1101, 2))
+        rows, cols = slice(row + r, row + s), slice(col + c, col + d)
+        assert np.array_equal(area.image[:, rows, cols], image[:, r:s, c:d])
+        assert np.array_equal(area.label[rows, cols] != 0, label[r:s, c:d] != 0)
+        assert kept.total_weight <= kept_bytes
+    if kept_bytes == 2**30:
+        assert len(reads) <= 2 * 6  # of each array no chunk twice
 
 
 @pytest.mark.parametrize("labels", ["mask.tif", "houses.gpkg", "houses.geojson", "houses.shp", "houses.gdb"])

@@ -20,6 +20,7 @@ from segpipe.models.field import Field, probe_field
 from segpipe.models.losses import resolve_loss
 from segpipe.models.networks import build_network
 from segpipe.models.weights import Reach, load_bundle
+from segpipe.pipeline import job as job_module
 from segpipe.pipeline import train as story
 from segpipe.pipeline.config import load_train
 from segpipe.pipeline.job import Batches, plan_job, resolve_augmentation, resolve_normalisation
@@ -226,6 +227,17 @@ def test_a_training_that_was_stopped_ends_with_the_bytes_of_one_that_was_not(job
     assert not (folder / "stopped" / "model.safetensors").exists()
     (folder / "stop").unlink()
     assert train(configured("output=stopped", **changes), quiet()).read_bytes() == whole
+
+
+@pytest.mark.parametrize(("device", "processors", "loaders"), [("cpu", 2, 0), ("cpu", 16, 8), ("cuda", 2, 1)])
+def test_a_network_on_a_small_cpu_shares_it_with_no_loader(job, monkeypatch, device, processors, loaders):
+    _, configured = job
+    monkeypatch.setattr(job_module, "resolve_device", lambda: torch.device(device))
+    monkeypatch.setattr(job_module, "fast_bfloat16", lambda device: False)
+    monkeypatch.setattr(job_module.os, "sched_getaffinity", lambda pid: set(range(processors)))
+    monkeypatch.setattr(job_module.os, "process_cpu_count", lambda: processors, raising=False)
+    assert job_module.resolve_settings(configured("fit.loaders=auto"), 10).loaders == loaders
+    assert job_module.resolve_settings(configured("fit.loaders=3"), 10).loaders == 3
 
 
 def test_what_goes_to_loaders_and_to_processes_of_devices_can_be_sent(job):
