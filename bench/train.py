@@ -4,7 +4,8 @@
 
 Both take turns in one process, with the same network, loss, optimiser, precision and threads, so the ratio holds even
 where the speeds do not. A step of the training draws its crops from the chunks, here or in other processes, augments
-them, measures them, averages weights and writes checkpoints; a bare one is forward, loss, backward and the optimiser's step.
+them, measures them, averages weights and writes checkpoints; a bare one is forward, loss, backward and the step of the
+optimiser.
 Prints Markdown: medians over the rounds, also of the ratios of each round. Processor seconds are of all threads and of
 the processes that read crops; on a machine that does other work besides, only their ratio tells something.
 """

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch.fx
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .networks import Network, OwnNetwork
-from .networks.upsample import Bilinear
+from .networks.upsample import Bilinear, ByParts, Part
 
 ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
     nn.ReLU: ("relu", []),
     nn.ReLU6: ("hardtanh", [0.0, 6.0]),
 }
+PLAIN: tuple[str, list[float]] = ("none", [])
 """What oneDNN calls them, and their numbers."""
 
 PACKED_FOR_PX = 256
@@ -54,7 +56,7 @@ def _pairs(network: Network) -> Iterator[tuple[str, str]]:
 
 
 def fuse_activations(network: Network) -> nn.Module:
-    """The same function of an image, each ReLU that alone reads a convolution done in that one's pass.
+    """The same function of an image, each ReLU that alone reads a convolution done in that one's pass, weights packed.
 
     For a network in eval mode on a CPU, in float32 or bfloat16; its weights are shared. Where torch has no oneDNN, and
     for a network of a user's own, it is the network itself.
@@ -73,6 +75,18 @@ def fuse_activations(network: Network) -> nn.Module:
         source.target = name
         node.replace_all_uses_with(source)
         traced.graph.erase_node(node)
+    for node in [*traced.graph.nodes]:
+        layer = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(layer, ByParts):
+            continue
+        reader, name = next(iter(node.users)), f"fused_{node.name}"
+        kind = type(traced.get_submodule(str(reader.target))) if reader.op == "call_module" else None
+        alone = len(node.users) == 1 and kind in ACTIVATIONS
+        traced.add_submodule(name, FusedParts(layer, *(ACTIVATIONS[kind] if alone and kind else PLAIN)))
+        node.target = name
+        if alone:
+            reader.replace_all_uses_with(node)
+            traced.graph.erase_node(reader)
     traced.recompile()
     return traced.eval()
 
@@ -109,17 +123,68 @@ class Fused(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """The activation of the convolution."""
-        it = self.conv
+        it: Any = self.conv
         place = (it.padding, it.stride, it.dilation, it.groups)
-        if self._packed is None and not it.weight.is_meta:
-            # Always for maps of one size: no answer may depend on which window came first.
-            size = [1, it.in_channels, PACKED_FOR_PX, PACKED_FOR_PX]
-            self._packed = torch.ops.mkldnn._reorder_convolution_weight(it.weight, *place, size)
-        weight = it.weight if self._packed is None else self._packed
-        y_BCHW: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x_BCHW, weight, it.bias, *place, self.activation, self.numbers, ""
-        )
-        return y_BCHW
+        if self._packed is None:
+            self._packed = _packed(it.weight, *place)
+        return _pointwise(x_BCHW, self._packed, it.bias, *place, self.activation, self.numbers)
+
+
+class FusedParts(nn.Module):
+    """A layer that doubles height and width, each of its convolutions with its activation in one pass of oneDNN."""
+
+    def __init__(self, layer: ByParts, activation: str, numbers: list[float]) -> None:
+        super().__init__()
+        self.layer, self.activation, self.numbers = layer, activation, numbers
+        self._parts: list[Part] = []
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """The activation of what the layer gives."""
+        if not self._parts:
+            parts = self.layer.parts()
+            self._parts = [Part(_packed(kernel, pad, *ONCE), bias, pad) for kernel, bias, pad in parts]
+        single = len(self._parts) - self.layer.summed
+        maps = [
+            _pointwise(x_BCHW, kernel, bias, pad, *ONCE, *((self.activation, self.numbers) if at < single else PLAIN))
+            for at, (kernel, bias, pad) in enumerate(self._parts)
+        ]
+        return self.layer.put_together(maps, self._activated)
+
+    def _activated(self, x_BCHW: Tensor) -> Tensor:
+        if self.activation == "relu":
+            return nn.functional.relu_(x_BCHW)
+        return x_BCHW if self.activation == "none" else nn.functional.hardtanh_(x_BCHW, *self.numbers)
+
+
+Place = tuple[int, ...]
+ONCE: tuple[Place, Place, int] = ((1, 1), (1, 1), 1)
+"""Stride, dilation and groups of the parts of a layer."""
+
+
+def _packed(weight: Tensor, padding: Place, stride: Place, dilation: Place, groups: int) -> Tensor:
+    """Weights as oneDNN likes them: always for maps of one size, as no answer may depend on which window came first."""
+    if weight.is_meta:
+        return weight
+    size = [1, weight.shape[1] * groups, PACKED_FOR_PX, PACKED_FOR_PX]
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, size)
+    return packed
+
+
+def _pointwise(
+    x_BCHW: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Place,
+    stride: Place,
+    dilation: Place,
+    groups: int,
+    activation: str,
+    numbers: list[float],
+) -> Tensor:
+    y_BCHW: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        x_BCHW, weight, bias, padding, stride, dilation, groups, activation, numbers, ""
+    )
+    return y_BCHW
 
 
 class _Tracer(torch.fx.Tracer):

@@ -20,7 +20,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from .fold import Fused, pads_with_zeros
+from .fold import Fused, FusedParts, pads_with_zeros
 from .networks.upsample import Bilinear, Transposed2, Transposed3, Transposed4
 
 LEAST_ROWS, MOST_ROWS = 32, 128
@@ -130,7 +130,15 @@ class _Strips(nn.Module):
         height = maps[0].shape[2] // self.layers[number].scale
         above, below = max(-first, 0), max(stop - height, 0)
         rows_BCHW = self._rows(number, first + above, stop - below, maps)
-        return nnf.pad(rows_BCHW, (0, 0, above, below), value=fill) if above or below else rows_BCHW
+        if not (above or below):
+            return rows_BCHW
+        batch, channels, inner, width = rows_BCHW.shape
+        # torch's own padding would write all of it twice.
+        padded_BCHW = rows_BCHW.new_empty(batch, above + inner + below, width, channels).permute(0, 3, 1, 2)
+        padded_BCHW[:, :, :above] = fill
+        padded_BCHW[:, :, above : above + inner] = rows_BCHW
+        padded_BCHW[:, :, above + inner :] = fill
+        return padded_BCHW
 
 
 class _Kept:
@@ -213,8 +221,15 @@ def _pool(module: Any, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer |
         return None
     pool, rows = copy.copy(module), padding[0]
     pool.padding = (0, padding[1])
+    run = _largest_of_four if isinstance(module, nn.MaxPool2d) and kernel == (2, 2) else pool
     below = kernel[0] - 1 - rows
-    return _Layer(pool, inputs, given[0].channels, 2 * given[0].scale, down=2, above=rows, below=below, fill=-math.inf)
+    return _Layer(run, inputs, given[0].channels, 2 * given[0].scale, down=2, above=rows, below=below, fill=-math.inf)
+
+
+def _largest_of_four(x_BCHW: Tensor) -> Tensor:
+    """The maxima of squares of 2 x 2, without noting where they were, which torch's own does: in half the time."""
+    rows_BCHW = torch.maximum(x_BCHW[:, :, ::2], x_BCHW[:, :, 1::2])
+    return torch.maximum(rows_BCHW[..., ::2], rows_BCHW[..., 1::2])
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -222,11 +237,12 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def _transposed(module: Any, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer | None:
-    plain = {module.kernel_size, module.stride} == {(2, 2)} and {module.padding, module.output_padding} == {(0, 0)}
-    if type(module) not in REACHES and not plain:
+    layer: Any = module.layer if isinstance(module, FusedParts) else module
+    plain = {layer.kernel_size, layer.stride} == {(2, 2)} and {layer.padding, layer.output_padding} == {(0, 0)}
+    if type(layer) not in REACHES and not plain:
         return None
-    above, below = REACHES.get(type(module), (0, 0))
-    return _Layer(module, inputs, module.out_channels, given[0].scale // 2, True, above=above, below=below)
+    above, below = REACHES.get(type(layer), (0, 0))
+    return _Layer(module, inputs, layer.out_channels, given[0].scale // 2, True, above=above, below=below)
 
 
 def _doubling(module: Any, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer:
@@ -261,6 +277,7 @@ REACHES: dict[type[nn.Module], tuple[int, int]] = {Transposed2: (0, 0), Transpos
 """Rows above and below one that a row's pair is made of."""
 KINDS: dict[Any, Callable[[Any, tuple[int, ...], list[_Layer]], _Layer | None]] = {
     Fused: _convolution,
+    FusedParts: _transposed,
     nn.Conv2d: _convolution,
     nn.MaxPool2d: _pool,
     nn.AvgPool2d: _pool,

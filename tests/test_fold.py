@@ -9,8 +9,9 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from segpipe.models.fold import fold_batchnorm, fuse_activations
+from segpipe.models.fold import FusedParts, fold_batchnorm, fuse_activations
 from segpipe.models.networks import NETWORKS, Network, OwnNetwork, build_network
+from segpipe.models.networks.upsample import ByParts, Transposed2, Transposed3, Transposed4
 
 LEFT = {"unet-densenet121": 62}
 """Dense layers normalise before they convolve: what many layers read cannot be folded into the one that made it."""
@@ -126,6 +127,26 @@ def test_a_fused_network_gives_the_same_logits(name: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(fused(image_BCHW), network(image_BCHW), rtol=1e-4, atol=1e-4)
     assert not any(layer.training for layer in fused.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("activation", ["none", "relu", "hardtanh"])
+@pytest.mark.parametrize("kind", [Transposed2, Transposed3, Transposed4])
+def test_a_layer_that_doubles_gives_the_same_bits_with_its_activation_at_any_width(
+    kind: type[ByParts], activation: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    layer = kind(128, 64).eval().to(dtype)
+    numbers = [0.0, 6.0] if activation == "hardtanh" else []
+    fused = FusedParts(layer, activation, numbers)
+    after = {"none": nn.Identity(), "relu": nn.ReLU(), "hardtanh": nn.ReLU6()}[activation]
+    wide = 9 * torch.randn(1, 128, 40, 130).to(dtype).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        expected = after(layer(wide))
+        assert torch.equal(fused(wide), expected)
+        for width in range(16, 64, 5):
+            narrow = fused(wide[..., 5 : 5 + width].contiguous(memory_format=torch.channels_last))
+            assert torch.equal(narrow[..., 2:-2], expected[..., 12 : 8 + 2 * width]), width
 
 
 class Activated(Network):

@@ -7,81 +7,125 @@ Axes: B batch, C channels, H rows, W columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 
-class Transposed2(nn.ConvTranspose2d):
+class Part(NamedTuple):
+    """One of the convolutions, of stride 1, that a layer is made of. padding: rows and columns of zeros."""
+
+    kernel: Tensor
+    bias: Tensor | None
+    padding: tuple[int, int]
+
+
+class ByParts(nn.ConvTranspose2d):
+    """A transposed convolution of stride 2 that on a CPU in eval mode is done as plain convolutions.
+
+    summed: the last so many of the parts are added up, and that is one map.
+    """
+
+    summed = 0
+
+    def forward(self, x_BCHW: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """H and W doubled."""
+        if not by_hand(self, x_BCHW):
+            return super().forward(x_BCHW, output_size)
+        return self.put_together([nnf.conv2d(x_BCHW, kernel, bias, padding=pad) for kernel, bias, pad in self.parts()])
+
+    def parts(self) -> list[Part]:
+        """The convolutions."""
+        raise NotImplementedError
+
+    def put_together(self, maps: list[Tensor], activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """What they gave, laid side by side. activation: what is still to be done to maps that are added up here."""
+        raise NotImplementedError
+
+
+class Transposed2(ByParts):
     """A transposed 2x2 convolution of stride 2: each pixel becomes a square of four, none of which sees another pixel.
 
-    In eval mode on a CPU: a 1x1 convolution to four times the channels, which are then laid side by side.
+    By parts: a 1x1 convolution to four times the channels, which are then laid side by side.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 2, stride=2)
 
-    def forward(self, x_BCHW: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """H and W doubled."""
-        if not by_hand(self, x_BCHW):
-            return super().forward(x_BCHW, output_size)
-        kernel = self.weight.permute(1, 2, 3, 0).reshape(-1, self.in_channels, 1, 1)
-        return _shuffled(x_BCHW, kernel, self.bias)
+    def parts(self) -> list[Part]:
+        """One."""
+        return [_to_squares(self.weight.permute(2, 3, 1, 0)[..., None, None], self.bias)]
+
+    def put_together(self, maps: list[Tensor], activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Squares of four pixels."""
+        return _squares(*maps)
 
 
-class Transposed3(nn.ConvTranspose2d):
+class Transposed3(ByParts):
     """A transposed 3x3 convolution of stride 2 that doubles H and W.
 
-    In eval mode on a CPU it is computed as plain convolutions, one or two for each parity of output row and column.
-    oneDNN's transposed convolutions, and its plain ones two columns wide, add up in another order at some widths of
-    the input (3 to 5 of 49 tried), and then the last bit of a pixel depends on the size of the window around it.
-    Kernels of one or three columns were the same at every width from 16 columns on.
+    By parts: one or two convolutions for each parity of output row and column. At some widths of the input oneDNN adds
+    up in another order in transposed convolutions and in plain ones two columns wide (3 to 5 of 49 tried), and with AMX
+    also in those of one column and several rows; then the last bit of a pixel depends on the size of the window around
+    it. Kernels of one row and of one or three columns were the same at every width from 16 columns on.
     """
+
+    summed = 4
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
 
-    def forward(self, x_BCHW: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """H and W doubled."""
-        if not by_hand(self, x_BCHW):
-            return super().forward(x_BCHW, output_size)
-        batch, _, height, width = x_BCHW.shape
-        shape = batch, self.out_channels, 2 * height, 2 * width
-        y_BCHW = torch.empty(shape, dtype=x_BCHW.dtype, device=x_BCHW.device, memory_format=torch.channels_last)
+    def parts(self) -> list[Part]:
+        """Of even rows: even and odd columns. Of odd rows: each of these from the row above and from that below."""
         # Along one axis output 2i is w[1] x[i], and output 2i + 1 is w[2] x[i] + w[0] x[i + 1].
         kernel = self.weight.transpose(0, 1)
-        odd_cols = torch.cat([torch.zeros_like(kernel[..., :1]), kernel[..., 2:], kernel[..., :1]], dim=3)
-        y_BCHW[:, :, 0::2, 0::2] = _convolve(x_BCHW, kernel[:, :, 1:2, 1:2], self.bias)
-        y_BCHW[:, :, 1::2, 0::2] = _convolve(x_BCHW, kernel[:, :, [2, 0], 1:2], self.bias, padding=(1, 0))[:, :, 1:]
-        y_BCHW[:, :, 0::2, 1::2] = _convolve(x_BCHW, odd_cols[:, :, 1:2], self.bias, padding=(0, 1))
-        odd_odd = _convolve(x_BCHW, odd_cols[:, :, 2:3], self.bias, padding=(0, 1))
-        odd_odd[:, :, :-1] += _convolve(x_BCHW, odd_cols[:, :, 0:1], None, padding=(0, 1))[:, :, 1:]
-        y_BCHW[:, :, 1::2, 1::2] = odd_odd
+        even = kernel[..., 1:2]
+        odd = torch.cat([torch.zeros_like(even), kernel[..., 2:], kernel[..., :1]], dim=3)
+        rows = (1, self.bias), (2, self.bias), (0, None)
+        return [
+            Part(cols[:, :, row : row + 1].contiguous(memory_format=torch.channels_last), bias, (0, reach))
+            for row, bias in rows
+            for cols, reach in ((even, 0), (odd, 1))
+        ]
+
+    def put_together(self, maps: list[Tensor], activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Pixels by parity."""
+        batch, channels, height, width = maps[0].shape
+        y_BCHW = maps[0].new_empty(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+        for col, (even, odd, below) in enumerate(zip(maps[:2], maps[2:4], maps[4:], strict=True)):
+            odd[:, :, :-1] += below[:, :, 1:]
+            y_BCHW[:, :, 0::2, col::2] = even
+            y_BCHW[:, :, 1::2, col::2] = odd if activation is None else activation(odd)
         return y_BCHW
 
 
-class Transposed4(nn.ConvTranspose2d):
+class Transposed4(ByParts):
     """A transposed 4x4 convolution of stride 2 and padding 1.
 
-    In eval mode on a CPU: a 3x3 convolution to four times the channels, which are then laid side by side. Along one
-    axis output 2i is w[3] x[i - 1] + w[1] x[i], and output 2i + 1 is w[2] x[i] + w[0] x[i + 1].
+    By parts: a 3x3 convolution to four times the channels, which are then laid side by side. Along one axis
+    output 2i is w[3] x[i - 1] + w[1] x[i], and output 2i + 1 is w[2] x[i] + w[0] x[i + 1].
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 4, stride=2, padding=1)
 
-    def forward(self, x_BCHW: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """H and W doubled."""
-        if not by_hand(self, x_BCHW):
-            return super().forward(x_BCHW, output_size)
+    def parts(self) -> list[Part]:
+        """One."""
         weight = self.weight.transpose(0, 1)
-        kernel = weight.new_zeros(self.out_channels, 2, 2, self.in_channels, 3, 3)
+        kernel = weight.new_zeros(2, 2, self.out_channels, self.in_channels, 3, 3)
         for odd_row, rows in enumerate(_TAPS):
             for odd_col, cols in enumerate(_TAPS):
                 for row, in_row in rows:
                     for col, in_col in cols:
-                        kernel[:, odd_row, odd_col, :, in_row, in_col] = weight[:, :, row, col]
-        return _shuffled(x_BCHW, kernel.reshape(-1, self.in_channels, 3, 3), self.bias)
+                        kernel[odd_row, odd_col, :, :, in_row, in_col] = weight[:, :, row, col]
+        return [_to_squares(kernel, self.bias)]
+
+    def put_together(self, maps: list[Tensor], activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Squares of four pixels."""
+        return _squares(*maps)
 
 
 _TAPS = (((3, 0), (1, 1)), ((2, 1), (0, 2)))
@@ -101,12 +145,15 @@ def by_hand(layer: nn.Module, x_BCHW: Tensor) -> bool:
     return not (layer.training or x_BCHW.is_cuda or x_BCHW.dtype == torch.float64)
 
 
-def _shuffled(x_BCHW: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution to four times the channels, of which every four become a square of pixels."""
-    kernel = kernel.contiguous(memory_format=torch.channels_last)
-    four = None if bias is None else bias.repeat_interleave(4)
-    return nnf.pixel_shuffle(nnf.conv2d(x_BCHW, kernel, four, padding=kernel.shape[-1] // 2), 2)
+def _to_squares(kernel: Tensor, bias: Tensor | None) -> Part:
+    """A convolution to the four pixels of squares, of a kernel (2, 2, out, in, height, width)."""
+    reach = kernel.shape[-1] // 2
+    flat = kernel.flatten(0, 2).contiguous(memory_format=torch.channels_last)
+    return Part(flat, None if bias is None else bias.repeat(4), (reach, reach))
 
 
-def _convolve(x_BCHW: Tensor, kernel: Tensor, bias: Tensor | None, padding: tuple[int, int] = (0, 0)) -> Tensor:
-    return nnf.conv2d(x_BCHW, kernel.contiguous(memory_format=torch.channels_last), bias, padding=padding)
+def _squares(four_BCHW: Tensor) -> Tensor:
+    """Every four maps as squares of pixels."""
+    batch, channels, height, width = four_BCHW.shape
+    four = four_BCHW.permute(0, 2, 3, 1).reshape(batch, height, width, 2, 2, channels // 4)
+    return four.transpose(2, 3).reshape(batch, 2 * height, 2 * width, channels // 4).permute(0, 3, 1, 2)
