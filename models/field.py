@@ -5,6 +5,7 @@ Axes: B batch, C channels, H rows, W columns. Lengths in pixels of the input.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -293,10 +294,11 @@ def _peak_bytes_on_cpu(network: nn.Module, dtype: torch.dtype, bands: int, windo
 
 
 def _peak_bytes_on_meta(network: nn.Module, dtype: torch.dtype, bands: int, window_px: int, side: int) -> float:
-    state = {name: _meta(tensor, dtype) for name, tensor in (*network.named_parameters(), *network.named_buffers())}
-    with _in_eval_mode(network), torch.inference_mode(), _LiveStorages() as live:
-        image_BCHW = torch.empty(1, bands, side, side, dtype=dtype, device="meta")
-        torch.func.functional_call(network, state, (image_BCHW,))
+    # A copy of its own: layers keep what they make of their weights, and several names may share a weight.
+    instead: dict[int, Any] = {id(it): _meta(it, dtype) for it in (*network.parameters(), *network.buffers())}
+    copied = copy.deepcopy(network, instead)
+    with _in_eval_mode(copied), torch.inference_mode(), _LiveStorages() as live:
+        copied(torch.empty(1, bands, side, side, dtype=dtype, device="meta"))
     peak_bytes: int = live.peak_bytes
     return peak_bytes / window_px**2
 

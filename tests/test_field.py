@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from segpipe.models.field import Field, peak_bytes_per_px, probe_field
 from segpipe.models.fold import fuse_activations
 from segpipe.models.networks import NETWORKS, Network, OwnNetwork, build_network, unet
+from segpipe.models.predictor import made_ready
 from segpipe.models.weights import Reach
 
 EXPECTED = {
@@ -143,7 +145,7 @@ def test_logits_of_another_size_are_refused() -> None:
         probe_field(network, 8, bands=3)
 
 
-@pytest.mark.parametrize("name", ["unet-mobilenetv2", "own_networks:Gated"])
+@pytest.mark.parametrize("name", ["unet-mobilenetv2", "unet11", "own_networks:Gated"])
 def test_probing_leaves_the_network_as_it_was(name: str) -> None:
     network = build_network(name)
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -152,6 +154,18 @@ def test_probing_leaves_the_network_as_it_was(name: str) -> None:
     assert all(module.training for module in network.modules())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("name", ["unet-mobilenetv2", "unet11"])
+def test_what_was_measured_runs_as_before(name: str) -> None:
+    torch.manual_seed(0)
+    network = build_network(name).eval()
+    run = made_ready(network, "cpu")
+    image_BCHW = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = made_ready(copy.deepcopy(network), "cpu")(image_BCHW)
+        peak_bytes_per_px(network, torch.float32, run=run)
+        assert torch.equal(run(image_BCHW), expected)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
