@@ -6,7 +6,6 @@ Axes: B batch, C bands, H rows, W columns.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -27,7 +26,7 @@ from .areas import common_resolution, open_area
 from .config import StatisticsConfig, TrainConfig
 from .measure import View, plan_views
 from .pairs import open_pairs
-from .plan import LARGEST_AUTO_HALO_PX
+from .plan import LARGEST_AUTO_HALO_PX, allowance
 from .sources import Sources
 from .split import Split, split_areas
 
@@ -228,7 +227,7 @@ def resolve_settings(config: TrainConfig, batches: int) -> FitSettings:
 
 def _loaders(device: torch.device) -> int:
     """Half the processors; none where a network on a CPU has but two or three: there a loader takes one from it."""
-    processors = (os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))) or 1
+    processors, _ = allowance()
     if device.type == "cpu" and processors < 4:
         return 0
     return min(MOST_LOADERS, max(1, processors // 2))

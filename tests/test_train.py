@@ -234,8 +234,7 @@ def test_a_network_on_a_small_cpu_shares_it_with_no_loader(job, monkeypatch, dev
     _, configured = job
     monkeypatch.setattr(job_module, "resolve_device", lambda: torch.device(device))
     monkeypatch.setattr(job_module, "fast_bfloat16", lambda device: False)
-    monkeypatch.setattr(job_module.os, "sched_getaffinity", lambda pid: set(range(processors)))
-    monkeypatch.setattr(job_module.os, "process_cpu_count", lambda: processors, raising=False)
+    monkeypatch.setattr(job_module, "allowance", lambda: (processors, 2**34))
     assert job_module.resolve_settings(configured("fit.loaders=auto"), 10).loaders == loaders
     assert job_module.resolve_settings(configured("fit.loaders=3"), 10).loaders == 3
 
