@@ -17,8 +17,9 @@ ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
     nn.ReLU: ("relu", []),
     nn.ReLU6: ("hardtanh", [0.0, 6.0]),
 }
-PLAIN: tuple[str, list[float]] = ("none", [])
 """What oneDNN calls them, and their numbers."""
+PLAIN: tuple[str, list[float]] = ("none", [])
+"""No activation."""
 
 PACKED_FOR_PX = 256
 """Side of the maps that weights are laid out for; larger and smaller ones are convolved with the same layout."""
@@ -69,26 +70,25 @@ def fuse_activations(network: Network) -> nn.Module:
         source = _convolution_before(node, traced)
         if source is None:
             continue
-        conv, name = traced.get_submodule(str(source.target)), f"fused_{source.name}"
-        assert isinstance(conv, nn.Conv2d)
-        traced.add_submodule(name, Fused(conv, *ACTIVATIONS[type(traced.get_submodule(node.target))]))
-        source.target = name
+        activation = ACTIVATIONS[type(traced.get_submodule(str(node.target)))]
+        source.target = _replaced(source, traced.get_submodule(str(source.target)), activation, traced)
         node.replace_all_uses_with(source)
         traced.graph.erase_node(node)
-    for node in [*traced.graph.nodes]:
+    for node in traced.graph.nodes:
         layer = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(layer, ByParts):
-            continue
-        reader, name = next(iter(node.users)), f"fused_{node.name}"
-        kind = type(traced.get_submodule(str(reader.target))) if reader.op == "call_module" else None
-        alone = len(node.users) == 1 and kind in ACTIVATIONS
-        traced.add_submodule(name, FusedParts(layer, *(ACTIVATIONS[kind] if alone and kind else PLAIN)))
-        node.target = name
-        if alone:
-            reader.replace_all_uses_with(node)
-            traced.graph.erase_node(reader)
+        if isinstance(layer, ByParts):
+            node.target = _replaced(node, layer, PLAIN, traced)
     traced.recompile()
     return traced.eval()
+
+
+def _replaced(
+    node: torch.fx.Node, layer: Any, activation: tuple[str, list[float]], traced: torch.fx.GraphModule
+) -> str:
+    """The name of what is to run at a node in place of its layer."""
+    name = f"fused_{node.name}"
+    traced.add_submodule(name, (FusedParts if isinstance(layer, ByParts) else Fused)(layer, *activation))
+    return name
 
 
 def _convolution_before(node: torch.fx.Node, traced: torch.fx.GraphModule) -> torch.fx.Node | None:
@@ -102,6 +102,8 @@ def _convolution_before(node: torch.fx.Node, traced: torch.fx.GraphModule) -> to
         layer = traced.get_submodule(str(source.target))
         if isinstance(layer, nn.Conv2d):
             return source if pads_with_zeros(layer) else None
+        if isinstance(layer, ByParts):
+            return source
         # What folding has left of BatchNorm.
         if not isinstance(layer, nn.Identity):
             return None

@@ -7,6 +7,7 @@ Axes: B batch, C channels, H rows, W columns.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ class Part(NamedTuple):
     padding: tuple[int, int]
 
 
-class ByParts(nn.ConvTranspose2d):
+class ByParts(nn.ConvTranspose2d, ABC):
     """A transposed convolution of stride 2 that on a CPU in eval mode is done as plain convolutions.
 
     summed: the last so many of the parts are added up, and that is one map.
@@ -37,13 +38,13 @@ class ByParts(nn.ConvTranspose2d):
             return super().forward(x_BCHW, output_size)
         return self.put_together([nnf.conv2d(x_BCHW, kernel, bias, padding=pad) for kernel, bias, pad in self.parts()])
 
+    @abstractmethod
     def parts(self) -> list[Part]:
         """The convolutions."""
-        raise NotImplementedError
 
+    @abstractmethod
     def put_together(self, maps: list[Tensor], activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """What they gave, laid side by side. activation: what is still to be done to maps that are added up here."""
-        raise NotImplementedError
 
 
 class Transposed2(ByParts):
