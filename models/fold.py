@@ -57,10 +57,10 @@ def _pairs(network: Network) -> Iterator[tuple[str, str]]:
 
 
 def fuse_activations(network: Network) -> nn.Module:
-    """The same function of an image, each ReLU that alone reads a convolution done in that one's pass, weights packed.
+    """The same function of an image, in fewer passes: convolutions with their ReLU, of maps that are not concatenated.
 
-    For a network in eval mode on a CPU, in float32 or bfloat16; its weights are shared. Where torch has no oneDNN, and
-    for a network of a user's own, it is the network itself.
+    Weights are laid out for oneDNN once. For a network in eval mode on a CPU, in float32 or bfloat16; its weights are
+    shared. Where torch has no oneDNN, and for a network of a user's own, it is the network itself.
     """
     has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch gives it no types
     if isinstance(network, OwnNetwork) or not has_onednn:
@@ -68,27 +68,34 @@ def fuse_activations(network: Network) -> nn.Module:
     traced = _traced(network)
     for node in [*traced.graph.nodes]:
         source = _convolution_before(node, traced)
-        if source is None:
-            continue
-        activation = ACTIVATIONS[type(traced.get_submodule(str(node.target)))]
-        source.target = _replaced(source, traced.get_submodule(str(source.target)), activation, traced)
-        node.replace_all_uses_with(source)
-        traced.graph.erase_node(node)
-    for node in traced.graph.nodes:
+        if source is not None:
+            _fuse(source, ACTIVATIONS[type(traced.get_submodule(str(node.target)))], traced)
+            node.replace_all_uses_with(source)
+            traced.graph.erase_node(node)
+    for node in [*traced.graph.nodes]:
         layer = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(layer, ByParts):
-            node.target = _replaced(node, layer, PLAIN, traced)
+        if isinstance(layer, ByParts) or (isinstance(layer, nn.Conv2d) and pads_with_zeros(layer)):
+            _fuse(node, PLAIN, traced)
     traced.recompile()
     return traced.eval()
 
 
-def _replaced(
-    node: torch.fx.Node, layer: Any, activation: tuple[str, list[float]], traced: torch.fx.GraphModule
-) -> str:
-    """The name of what is to run at a node in place of its layer."""
-    name = f"fused_{node.name}"
-    traced.add_submodule(name, (FusedParts if isinstance(layer, ByParts) else Fused)(layer, *activation))
-    return name
+def _fuse(node: torch.fx.Node, activation: tuple[str, list[float]], traced: torch.fx.GraphModule) -> None:
+    """Do a convolution, or what doubles, with an activation. A concatenation that it alone reads is not made."""
+    layer: Any = traced.get_submodule(str(node.target))
+    doubles = isinstance(layer, ByParts)
+    (source,) = node.all_input_nodes
+    if not doubles and layer.groups == 1 and _concatenates(source) and len(source.users) == 1:
+        node.args = tuple(source.all_input_nodes)
+        traced.graph.erase_node(source)
+    node.target = f"fused_{node.name}"
+    traced.add_submodule(node.target, (FusedParts if doubles else Fused)(layer, *activation))
+
+
+def _concatenates(node: torch.fx.Node) -> bool:
+    """Whether it concatenates maps, each one once, along their channels."""
+    several = len(node.all_input_nodes) > 1
+    return several and node.target is torch.cat and node.args == (node.all_input_nodes, 1) and not node.kwargs
 
 
 def _convolution_before(node: torch.fx.Node, traced: torch.fx.GraphModule) -> torch.fx.Node | None:
@@ -116,20 +123,29 @@ def pads_with_zeros(conv: nn.Conv2d) -> bool:
 
 
 class Fused(nn.Module):
-    """A convolution and an activation in one pass of oneDNN."""
+    """A convolution and an activation in oneDNN's passes. Of several maps, as if they were concatenated.
+
+    Each of these is convolved apart, and added to those before in the same pass, so the concatenation is never made.
+    """
 
     def __init__(self, conv: nn.Conv2d, activation: str, numbers: list[float]) -> None:
         super().__init__()
         self.conv, self.activation, self.numbers = conv, activation, numbers
-        self._packed: Tensor | None = None
+        self._packed: list[Tensor] = []
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """The activation of the convolution."""
+    def forward(self, *maps: Tensor) -> Tensor:
+        """The activation of the convolution. maps: (B, C, H, W), each with its own C."""
         it: Any = self.conv
         place = (it.padding, it.stride, it.dilation, it.groups)
-        if self._packed is None:
-            self._packed = _packed(it.weight, *place)
-        return _pointwise(x_BCHW, self._packed, it.bias, *place, self.activation, self.numbers)
+        if not self._packed:
+            kernels = it.weight.split([x_BCHW.shape[1] for x_BCHW in maps], dim=1) if len(maps) > 1 else [it.weight]
+            self._packed = [_packed(kernel, *place) for kernel in kernels]
+        activation = (self.activation, self.numbers)
+        (first_BCHW, first), *rest = zip(maps, self._packed, strict=True)
+        y_BCHW = _pointwise(first_BCHW, first, it.bias, *place, *(PLAIN if rest else activation))
+        for number, (x_BCHW, kernel) in enumerate(rest, 1):
+            _add_pointwise(y_BCHW, x_BCHW, kernel, *place, *(PLAIN if number < len(rest) else activation))
+        return y_BCHW
 
 
 class FusedParts(nn.Module):
@@ -143,19 +159,20 @@ class FusedParts(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """The activation of what the layer gives."""
         if not self._parts:
-            parts = self.layer.parts()
-            self._parts = [Part(_packed(kernel, pad, *ONCE), bias, pad) for kernel, bias, pad in parts]
-        single = len(self._parts) - self.layer.summed
-        maps = [
-            _pointwise(x_BCHW, kernel, bias, pad, *ONCE, *((self.activation, self.numbers) if at < single else PLAIN))
-            for at, (kernel, bias, pad) in enumerate(self._parts)
-        ]
-        return self.layer.put_together(maps, self._activated)
+            for kernel, bias, padding, below in self.layer.parts():
+                packed = None if below is None else _packed(below, padding, *ONCE)
+                self._parts.append(Part(_packed(kernel, padding, *ONCE), bias, padding, packed))
+        return self.layer.put_together([self._map(x_BCHW, part) for part in self._parts])
 
-    def _activated(self, x_BCHW: Tensor) -> Tensor:
-        if self.activation == "relu":
-            return nn.functional.relu_(x_BCHW)
-        return x_BCHW if self.activation == "none" else nn.functional.hardtanh_(x_BCHW, *self.numbers)
+    def _map(self, x_BCHW: Tensor, part: Part) -> Tensor:
+        activation = (self.activation, self.numbers)
+        place = (part.padding, *ONCE)
+        if part.below is None:
+            return _pointwise(x_BCHW, part.kernel, part.bias, *place, *activation)
+        y_BCHW = _pointwise(x_BCHW, part.kernel, part.bias, *place, *PLAIN)
+        _add_pointwise(y_BCHW[:, :, :-1], x_BCHW[:, :, 1:], part.below, *place, *activation)
+        _activate(y_BCHW[:, :, -1:], *activation)
+        return y_BCHW
 
 
 Place = tuple[int, ...]
@@ -168,6 +185,7 @@ def _packed(weight: Tensor, padding: Place, stride: Place, dilation: Place, grou
     if weight.is_meta:
         return weight
     size = [1, weight.shape[1] * groups, PACKED_FOR_PX, PACKED_FOR_PX]
+    weight = weight.contiguous(memory_format=torch.channels_last)
     packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, size)
     return packed
 
@@ -187,6 +205,36 @@ def _pointwise(
         x_BCHW, weight, bias, padding, stride, dilation, groups, activation, numbers, ""
     )
     return y_BCHW
+
+
+def _add_pointwise(
+    y_BCHW: Tensor,
+    x_BCHW: Tensor,
+    weight: Tensor,
+    padding: Place,
+    stride: Place,
+    dilation: Place,
+    groups: int,
+    activation: str,
+    numbers: list[float],
+) -> None:
+    """The same, added to y_BCHW before the activation."""
+    if y_BCHW.is_meta or not y_BCHW.numel():
+        return
+    # After a sum it knows ReLU alone.
+    fused = "relu" if activation == "relu" else None
+    torch.ops.mkldnn._convolution_pointwise_.binary(
+        y_BCHW, x_BCHW, weight, None, padding, stride, dilation, groups, "add", 1.0, fused, [], ""
+    )
+    if fused is None:
+        _activate(y_BCHW, activation, numbers)
+
+
+def _activate(y_BCHW: Tensor, activation: str, numbers: list[float]) -> None:
+    if activation == "relu":
+        nn.functional.relu_(y_BCHW)
+    elif activation == "hardtanh":
+        nn.functional.hardtanh_(y_BCHW, *numbers)
 
 
 class _Tracer(torch.fx.Tracer):

@@ -30,8 +30,9 @@ LEAST_STRIDES = 16
 On a map less than 16 columns wide oneDNN's convolutions add up in another order than on wider ones (tried on AVX512,
 float32, 1 and 2 threads), so the last bit of a pixel would depend on the size of its window.
 """
-NORMALISED_ROWS = 256
-"""Of a window at once: in float32 the whole of it would take more memory than most maps of the network."""
+ROWS = 256
+"""Of a window at once that are in float32: the whole of it would take more memory than most maps of the network, and
+memory that a thread has not had before costs more than what is done in it."""
 CORE_PX = 1024
 """Images are predicted in cores of this size, rounded up to whole strides."""
 D4 = tuple((turns, flipped) for flipped in (False, True) for turns in range(4))
@@ -119,6 +120,7 @@ class Predictor:
         self.network = bundle.network.eval()
         self.forward = made_ready(self.network, device.type)
         self.network.to(device, self.dtype)
+        self._seen_BCHW: Tensor | None = None
         for parameter in self.network.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -130,10 +132,16 @@ class Predictor:
         in the window's outer stride-aligned border, and 255 there too.
         """
         with torch.inference_mode():
-            prob_HW = self._probabilities(self.normalise(image_CHW, valid_HW))
-            stored = prob_HW.mul_(FULL_U8).round_().nan_to_num_(INVALID_U8)
-            stored_HW: NDArray[np.uint8] = stored.to(torch.uint8).cpu().numpy()
-        return np.where(valid_HW, stored_HW, np.uint8(INVALID_U8))
+            if self._seen_BCHW is not None and self._seen_BCHW.shape[1:] != image_CHW.shape:
+                self._seen_BCHW = None
+            self._seen_BCHW = self.normalise(image_CHW, valid_HW, self._seen_BCHW)
+            parts = self._probabilities(self._seen_BCHW)
+            stored_HW = np.full(valid_HW.shape, INVALID_U8, np.uint8)
+            for number, prob_HW in enumerate(parts):
+                rows = slice(number * ROWS, (number + 1) * ROWS)
+                stored = prob_HW.mul_(FULL_U8).round_().nan_to_num_(INVALID_U8).to(torch.uint8)
+                np.copyto(stored_HW[rows], stored.cpu().numpy(), where=valid_HW[rows])
+        return stored_HW
 
     def predict_image(
         self, image_HWC: NDArray[np.uint8], valid_HW: NDArray[np.bool_] | None = None
@@ -148,35 +156,40 @@ class Predictor:
             prob_HW = self._resized(image_CHW, valid_HW) if self.card.resize_px else self._in_cores(image_CHW, valid_HW)
         return np.where(valid_HW, prob_HW, np.float32(np.nan))
 
-    def normalise(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> Tensor:
-        """What the network sees, image_BCHW: (x * scale - mean) / std in float32, the card's fill where invalid."""
+    def normalise(
+        self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_], seen_BCHW: Tensor | None = None
+    ) -> Tensor:
+        """What the network sees, image_BCHW: (x * scale - mean) / std in float32, the card's fill where invalid.
+
+        seen_BCHW: one of the same shape that is no longer needed, whose memory is to be taken.
+        """
         card = self.card
         image_BCHW = torch.from_numpy(np.ascontiguousarray(image_CHW))[None].to(self.device)
         invalid_HW = torch.from_numpy(~valid_HW).to(self.device)
         mean_C11 = torch.tensor(card.mean, device=self.device)[:, None, None]
         std_C11 = torch.tensor(card.std, device=self.device)[:, None, None]
-        seen_BCHW = torch.empty_like(image_BCHW, dtype=self.dtype, memory_format=torch.channels_last)
-        for first in range(0, invalid_HW.shape[0], NORMALISED_ROWS):
-            rows = slice(first, first + NORMALISED_ROWS)
+        if seen_BCHW is None:
+            seen_BCHW = torch.empty_like(image_BCHW, dtype=self.dtype, memory_format=torch.channels_last)
+        for first in range(0, invalid_HW.shape[0], ROWS):
+            rows = slice(first, first + ROWS)
             part_BCHW = image_BCHW[:, :, rows].float().mul_(card.scale).sub_(mean_C11).div_(std_C11)
             seen_BCHW[:, :, rows] = part_BCHW.masked_fill_(invalid_HW[rows], card.fill)
         return seen_BCHW
 
-    def _probabilities(self, image_BCHW: Tensor, least_px: int | None = None) -> Tensor:
-        """The mean of all ways, prob_HW in float32; NaN where the network gives no answer."""
-        total_HW: Tensor | None = None
+    def _probabilities(self, image_BCHW: Tensor, least_px: int | None = None) -> list[Tensor]:
+        """The mean of all ways in float32, so many rows at a time; NaN where the network gives no answer."""
+        totals: list[Tensor] = []
         for turns, flipped in self.ways:
             turned = torch.rot90(image_BCHW, turns, (2, 3)) if turns else image_BCHW
             logits_HW = self._logits(turned.flip(3) if flipped else turned, least_px)
-            prob_HW = (logits_HW / self.card.temperature).sigmoid_()
-            prob_HW = prob_HW.flip(1) if flipped else prob_HW
-            prob_HW = torch.rot90(prob_HW, -turns, (0, 1)) if turns else prob_HW
-            total_HW = prob_HW if total_HW is None else total_HW.add_(prob_HW)
-        assert total_HW is not None
-        return total_HW.div_(len(self.ways))
+            logits_HW = logits_HW.flip(1) if flipped else logits_HW
+            logits_HW = torch.rot90(logits_HW, -turns, (0, 1)) if turns else logits_HW
+            parts = [(rows.float() / self.card.temperature).sigmoid_() for rows in logits_HW.split(ROWS)]
+            totals = [total.add_(part) for total, part in zip(totals, parts, strict=True)] if totals else parts
+        return [total.div_(len(self.ways)) for total in totals]
 
     def _logits(self, image_BCHW: Tensor, least_px: int | None) -> Tensor:
-        """Logits of the first class, logits_HW in float32; NaN within the network's border."""
+        """Logits of the first class, logits_HW; NaN within the network's border."""
         height, width = image_BCHW.shape[2:]
         border = self.network.border_px
         tall, wide = (self._side(length, least_px) for length in (height, width))
@@ -185,7 +198,7 @@ class Predictor:
             # A negative margin cuts off what no answer depends on.
             image_BCHW = torch.nn.functional.pad(image_BCHW, margin, value=self.card.fill)
         logits_BKHW: Tensor = self.forward(image_BCHW.contiguous(memory_format=torch.channels_last))
-        logits_HW = logits_BKHW[0, 0, : height - border, : width - border].float()
+        logits_HW = logits_BKHW[0, 0, : height - border, : width - border]
         if not border:
             return logits_HW
         rest = (border, width - border - logits_HW.shape[1], border, height - border - logits_HW.shape[0])
@@ -232,7 +245,7 @@ class Predictor:
                 around += [(cols.start - col + halo_px, stop_col + halo_px - cols.stop)]
                 window_CHW = np.pad(image_CHW[:, rows, cols], [(0, 0), *around])
                 inside_HW = np.pad(valid_HW[rows, cols], around)
-                seen_HW = self._probabilities(self.normalise(window_CHW, inside_HW)).cpu().numpy()
+                seen_HW = torch.cat(self._probabilities(self.normalise(window_CHW, inside_HW))).cpu().numpy()
                 core_HW = seen_HW[halo_px : halo_px + stop_row - row, halo_px : halo_px + stop_col - col]
                 prob_HW[row:stop_row, col:stop_col] = core_HW
         return prob_HW
@@ -245,8 +258,9 @@ class Predictor:
         border = -(-self.network.border_px // self.card.stride) * self.card.stride
         around = [(border, border), (border, border)]
         image_BCHW = self.normalise(np.pad(small_CHW, [(0, 0), *around]), np.pad(small_HW, around))
-        prob_HW = self._probabilities(image_BCHW, least_px=0)[border : border + height, border : border + width]
-        return _resize(prob_HW.cpu().numpy(), valid_HW.shape[::-1], Resampling.BILINEAR)
+        prob_HW = torch.cat(self._probabilities(image_BCHW, least_px=0)).cpu().numpy()
+        prob_HW = prob_HW[border : border + height, border : border + width]
+        return _resize(prob_HW, valid_HW.shape[::-1], Resampling.BILINEAR)
 
 
 def _resize(band_HW: NDArray[Any], size_xy: tuple[int, int], how: Resampling) -> NDArray[Any]:

@@ -105,7 +105,9 @@ class _Strips(nn.Module):
         strips = min(math.ceil(height / rows), height // LEAST_ROWS)
         if strips <= 1:
             return self._rows(number, 0, height, maps)
-        whole_BCHW = self.kept.take(layer.channels, height, width, image_BCHW)
+        # What the caller is given is not taken from what is kept: it does not come back.
+        kept = self.kept if number in self.last_use else _Kept()
+        whole_BCHW = kept.take(layer.channels, height, width, image_BCHW)
         for strip in range(strips):
             first, stop = height * strip // strips, height * (strip + 1) // strips
             whole_BCHW[:, :, first:stop] = self._rows(number, first, stop, maps)

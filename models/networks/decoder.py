@@ -9,55 +9,27 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as nnf
 
-from .upsample import Transposed2, by_hand
-
-WIDE = 3
-"""A concatenation of so many times the channels that its convolution gives is convolved in parts."""
+from .upsample import Transposed2
 
 
 class DecoderStep(nn.Module):
-    """Transposed 2x2 convolution, concatenation (up, skip), two 3x3 convolutions with ReLU; no BatchNorm.
-
-    In eval mode on a CPU a wide concatenation is not made: what comes up and the skip are convolved apart and added. At
-    such convolutions oneDNN adds up in another order on some widths (384 channels to 128 in float32 on maps up to 256
-    columns wide, 768 to 256 in bfloat16 up to 160), and then the last bit of a pixel depends on the size of the window
-    around it.
-    """
+    """Transposed 2x2 convolution, concatenation (up, skip), two 3x3 convolutions with ReLU; no BatchNorm."""
 
     def __init__(self, in_channels: int, up_channels: int, skip_channels: int, out_channels: int, padding: int) -> None:
         super().__init__()
         self.up = Transposed2(in_channels, up_channels)
         self.conv = double_convolution(up_channels + skip_channels, out_channels, padding)
         self.padding = padding
-        self.wide = skip_channels > 0 and up_channels + skip_channels >= WIDE * out_channels
 
     def forward(self, x_BCHW: Tensor, skip_BCHW: Tensor | None) -> Tensor:
         """H and W doubled, less twice the border that convolutions without padding lose; of a skip, the middle."""
         x_BCHW = self.up(x_BCHW)
-        if skip_BCHW is None:
-            y_BCHW: Tensor = self.conv(x_BCHW)
-            return y_BCHW
-        if not self.padding:
-            skip_BCHW = _cropped(skip_BCHW, x_BCHW)
-        first, *rest = self.conv
-        if self.wide and isinstance(first, nn.Conv2d) and by_hand(self, x_BCHW):
-            y_BCHW = _convolved_apart(first, x_BCHW, skip_BCHW)
-        else:
-            y_BCHW = first(torch.cat([x_BCHW, skip_BCHW], 1))
-        for layer in rest:
-            y_BCHW = layer(y_BCHW)
+        if skip_BCHW is not None:
+            skip_BCHW = skip_BCHW if self.padding else _cropped(skip_BCHW, x_BCHW)
+            x_BCHW = torch.cat([x_BCHW, skip_BCHW], 1)
+        y_BCHW: Tensor = self.conv(x_BCHW)
         return y_BCHW
-
-
-def _convolved_apart(conv: nn.Conv2d, x_BCHW: Tensor, skip_BCHW: Tensor) -> Tensor:
-    """The convolution of both, concatenated."""
-    channels = x_BCHW.shape[1]
-    parts = (conv.weight[:, :channels], conv.weight[:, channels:])
-    own, other = (part.contiguous(memory_format=torch.channels_last) for part in parts)
-    y_BCHW = nnf.conv2d(x_BCHW, own, conv.bias, padding=conv.padding)
-    return y_BCHW.add_(nnf.conv2d(skip_BCHW, other, padding=conv.padding))
 
 
 def decoder(

@@ -8,7 +8,6 @@ Axes: B batch, C channels, H rows, W columns.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,34 +16,38 @@ from torch.nn import functional as nnf
 
 
 class Part(NamedTuple):
-    """One of the convolutions, of stride 1, that a layer is made of. padding: rows and columns of zeros."""
+    """One of the convolutions, of stride 1, that a layer is made of. padding: rows and columns of zeros.
+
+    below: another kernel, without a bias; what it makes of each row is added to what `kernel` makes of the row above.
+    """
 
     kernel: Tensor
     bias: Tensor | None
     padding: tuple[int, int]
+    below: Tensor | None = None
 
 
 class ByParts(nn.ConvTranspose2d, ABC):
-    """A transposed convolution of stride 2 that on a CPU in eval mode is done as plain convolutions.
-
-    summed: the last so many of the parts are added up, and that is one map.
-    """
-
-    summed = 0
+    """A transposed convolution of stride 2 that on a CPU in eval mode is done as plain convolutions."""
 
     def forward(self, x_BCHW: Tensor, output_size: list[int] | None = None) -> Tensor:
         """H and W doubled."""
         if not by_hand(self, x_BCHW):
             return super().forward(x_BCHW, output_size)
-        return self.put_together([nnf.conv2d(x_BCHW, kernel, bias, padding=pad) for kernel, bias, pad in self.parts()])
+        maps = []
+        for kernel, bias, padding, below in self.parts():
+            maps.append(nnf.conv2d(x_BCHW, kernel, bias, padding=padding))
+            if below is not None:
+                maps[-1][:, :, :-1] += nnf.conv2d(x_BCHW, below, padding=padding)[:, :, 1:]
+        return self.put_together(maps)
 
     @abstractmethod
     def parts(self) -> list[Part]:
         """The convolutions."""
 
     @abstractmethod
-    def put_together(self, maps: list[Tensor], activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """What they gave, laid side by side. activation: what is still to be done to maps that are added up here."""
+    def put_together(self, maps: list[Tensor]) -> Tensor:
+        """What they gave, laid side by side."""
 
 
 class Transposed2(ByParts):
@@ -60,7 +63,7 @@ class Transposed2(ByParts):
         """One."""
         return [_to_squares(self.weight.permute(2, 3, 1, 0)[..., None, None], self.bias)]
 
-    def put_together(self, maps: list[Tensor], activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def put_together(self, maps: list[Tensor]) -> Tensor:
         """Squares of four pixels."""
         return _squares(*maps)
 
@@ -74,32 +77,31 @@ class Transposed3(ByParts):
     it. Kernels of one row and of one or three columns were the same at every width from 16 columns on.
     """
 
-    summed = 4
-
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1)
 
     def parts(self) -> list[Part]:
-        """Of even rows: even and odd columns. Of odd rows: each of these from the row above and from that below."""
+        """Of even rows, then of odd ones: even and odd columns."""
         # Along one axis output 2i is w[1] x[i], and output 2i + 1 is w[2] x[i] + w[0] x[i + 1].
         kernel = self.weight.transpose(0, 1)
         even = kernel[..., 1:2]
         odd = torch.cat([torch.zeros_like(even), kernel[..., 2:], kernel[..., :1]], dim=3)
-        rows = (1, self.bias), (2, self.bias), (0, None)
+
+        def row_of(cols: Tensor, row: int) -> Tensor:
+            return cols[:, :, row : row + 1].contiguous(memory_format=torch.channels_last)
+
+        columns = ((even, (0, 0)), (odd, (0, 1)))
         return [
-            Part(cols[:, :, row : row + 1].contiguous(memory_format=torch.channels_last), bias, (0, reach))
-            for row, bias in rows
-            for cols, reach in ((even, 0), (odd, 1))
+            *(Part(row_of(cols, 1), self.bias, padding) for cols, padding in columns),
+            *(Part(row_of(cols, 2), self.bias, padding, below=row_of(cols, 0)) for cols, padding in columns),
         ]
 
-    def put_together(self, maps: list[Tensor], activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def put_together(self, maps: list[Tensor]) -> Tensor:
         """Pixels by parity."""
         batch, channels, height, width = maps[0].shape
         y_BCHW = maps[0].new_empty(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
-        for col, (even, odd, below) in enumerate(zip(maps[:2], maps[2:4], maps[4:], strict=True)):
-            odd[:, :, :-1] += below[:, :, 1:]
-            y_BCHW[:, :, 0::2, col::2] = even
-            y_BCHW[:, :, 1::2, col::2] = odd if activation is None else activation(odd)
+        for number, part_BCHW in enumerate(maps):
+            y_BCHW[:, :, number // 2 :: 2, number % 2 :: 2] = part_BCHW
         return y_BCHW
 
 
@@ -124,7 +126,7 @@ class Transposed4(ByParts):
                         kernel[odd_row, odd_col, :, :, in_row, in_col] = weight[:, :, row, col]
         return [_to_squares(kernel, self.bias)]
 
-    def put_together(self, maps: list[Tensor], activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def put_together(self, maps: list[Tensor]) -> Tensor:
         """Squares of four pixels."""
         return _squares(*maps)
 
