@@ -137,8 +137,7 @@ class Predictor:
             self._seen_BCHW = self.normalise(image_CHW, valid_HW, self._seen_BCHW)
             parts = self._probabilities(self._seen_BCHW)
             stored_HW = np.full(valid_HW.shape, INVALID_U8, np.uint8)
-            for number, prob_HW in enumerate(parts):
-                rows = slice(number * ROWS, (number + 1) * ROWS)
+            for rows, prob_HW in zip(_some_rows(len(stored_HW)), parts, strict=True):
                 stored = prob_HW.mul_(FULL_U8).round_().nan_to_num_(INVALID_U8).to(torch.uint8)
                 np.copyto(stored_HW[rows], stored.cpu().numpy(), where=valid_HW[rows])
         return stored_HW
@@ -170,8 +169,7 @@ class Predictor:
         std_C11 = torch.tensor(card.std, device=self.device)[:, None, None]
         if seen_BCHW is None:
             seen_BCHW = torch.empty_like(image_BCHW, dtype=self.dtype, memory_format=torch.channels_last)
-        for first in range(0, invalid_HW.shape[0], ROWS):
-            rows = slice(first, first + ROWS)
+        for rows in _some_rows(len(invalid_HW)):
             part_BCHW = image_BCHW[:, :, rows].float().mul_(card.scale).sub_(mean_C11).div_(std_C11)
             seen_BCHW[:, :, rows] = part_BCHW.masked_fill_(invalid_HW[rows], card.fill)
         return seen_BCHW
@@ -184,7 +182,8 @@ class Predictor:
             logits_HW = self._logits(turned.flip(3) if flipped else turned, least_px)
             logits_HW = logits_HW.flip(1) if flipped else logits_HW
             logits_HW = torch.rot90(logits_HW, -turns, (0, 1)) if turns else logits_HW
-            parts = [(rows.float() / self.card.temperature).sigmoid_() for rows in logits_HW.split(ROWS)]
+            some = (logits_HW[rows].float() for rows in _some_rows(len(logits_HW)))
+            parts = [(part_HW / self.card.temperature).sigmoid_() for part_HW in some]
             totals = [total.add_(part) for total, part in zip(totals, parts, strict=True)] if totals else parts
         return [total.div_(len(self.ways)) for total in totals]
 
@@ -261,6 +260,10 @@ class Predictor:
         prob_HW = torch.cat(self._probabilities(image_BCHW, least_px=0)).cpu().numpy()
         prob_HW = prob_HW[border : border + height, border : border + width]
         return _resize(prob_HW, valid_HW.shape[::-1], Resampling.BILINEAR)
+
+
+def _some_rows(height: int) -> list[slice]:
+    return [slice(first, min(first + ROWS, height)) for first in range(0, height, ROWS)]
 
 
 def _resize(band_HW: NDArray[Any], size_xy: tuple[int, int], how: Resampling) -> NDArray[Any]:
