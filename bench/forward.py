@@ -4,10 +4,10 @@
 
 All take turns in one process, on the same window, in one precision, with the same threads and the allocator as it is
 set in workers, so their ratios hold even where the speeds do not. `predict` is what a worker does with a window: pixels
-normalised, the network, probabilities quantised, in a thread of its own. `bare` is the network as it is in a bundle, on
-a tensor in memory, in the main thread; `ready` the same as `predict` runs it: BatchNorm and ReLU in the convolutions,
-the finest maps in strips. OpenVINO is measured where it is installed. FLOP are those of convolutions. Prints Markdown:
-medians.
+normalised, the network, probabilities quantised. `bare` is the network as it is in a bundle, on a tensor in memory;
+`ready` the same as `predict` runs it: BatchNorm and ReLU in the convolutions, nothing concatenated, the finest maps in
+strips. All in one thread: in two, each with its own pool, OpenMP would no longer wait for short layers but sleep.
+OpenVINO is measured where it is installed. FLOP are those of convolutions. Prints Markdown: medians.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
@@ -57,7 +56,6 @@ def passes(network: Network, name: str, side: int, precision: Precision) -> dict
     image_CHW = np.random.default_rng(0).integers(0, 256, (3, side, side), np.uint8)
     valid_HW = np.ones((side, side), np.bool_)
     image_BCHW = predictor.normalise(image_CHW, valid_HW)
-    thread = ThreadPoolExecutor(1)
 
     def ready(folded: bool) -> nn.Module:
         own = copy.deepcopy(network).eval()
@@ -76,7 +74,7 @@ def passes(network: Network, name: str, side: int, precision: Precision) -> dict
         return once
 
     found: dict[str, Pass] = {
-        "predict": lambda: thread.submit(predictor.predict, image_CHW, valid_HW).result(),
+        "predict": lambda: predictor.predict(image_CHW, valid_HW),
         "bare": waited(ready(folded=False)),
         "ready": waited(predictor.forward),
         "compiled": waited(torch.compile(ready(folded=True), dynamic=False, options={"freezing": True})),
@@ -119,12 +117,13 @@ def product_pass(precision: Precision) -> Pass:
 
 
 def seconds_of(what: dict[str, Pass], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, turn about, after a first time of each."""
+    """Seconds of each, turn about. What is timed follows one of its own kind, as windows follow each other in a run."""
     for once in what.values():
         once()
     found: dict[str, list[float]] = {name: [] for name in what}
     for _ in range(rounds):
         for name, once in what.items():
+            once()
             start = time.perf_counter()
             once()
             found[name].append(time.perf_counter() - start)
