@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .fold import fold_batchnorm, fuse_activations
 from .networks import Network
-from .strips import in_strips
+from .strips import Kept, in_strips
 from .weights import Bundle, Card
 
 Precision = Literal["float32", "bfloat16"]
@@ -120,7 +120,7 @@ class Predictor:
         self.network = bundle.network.eval()
         self.forward = made_ready(self.network, device.type)
         self.network.to(device, self.dtype)
-        self._seen_BCHW: Tensor | None = None
+        self._kept = Kept()
         for parameter in self.network.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -132,10 +132,9 @@ class Predictor:
         in the window's outer stride-aligned border, and 255 there too.
         """
         with torch.inference_mode():
-            if self._seen_BCHW is not None and self._seen_BCHW.shape[1:] != image_CHW.shape:
-                self._seen_BCHW = None
-            self._seen_BCHW = self.normalise(image_CHW, valid_HW, self._seen_BCHW)
-            parts = self._probabilities(self._seen_BCHW)
+            image_BCHW = self.normalise(image_CHW, valid_HW)
+            parts = self._probabilities(image_BCHW)
+            self._kept.give_back(image_BCHW)
             stored_HW = np.full(valid_HW.shape, INVALID_U8, np.uint8)
             for rows, prob_HW in zip(_some_rows(len(stored_HW)), parts, strict=True):
                 stored = prob_HW.mul_(FULL_U8).round_().nan_to_num_(INVALID_U8).to(torch.uint8)
@@ -155,20 +154,15 @@ class Predictor:
             prob_HW = self._resized(image_CHW, valid_HW) if self.card.resize_px else self._in_cores(image_CHW, valid_HW)
         return np.where(valid_HW, prob_HW, np.float32(np.nan))
 
-    def normalise(
-        self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_], seen_BCHW: Tensor | None = None
-    ) -> Tensor:
-        """What the network sees, image_BCHW: (x * scale - mean) / std in float32, the card's fill where invalid.
-
-        seen_BCHW: one of the same shape that is no longer needed, whose memory is to be taken.
-        """
+    def normalise(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> Tensor:
+        """What the network sees, image_BCHW: (x * scale - mean) / std in float32, the card's fill where invalid."""
         card = self.card
         image_BCHW = torch.from_numpy(np.ascontiguousarray(image_CHW))[None].to(self.device)
         invalid_HW = torch.from_numpy(~valid_HW).to(self.device)
         mean_C11 = torch.tensor(card.mean, device=self.device)[:, None, None]
         std_C11 = torch.tensor(card.std, device=self.device)[:, None, None]
-        if seen_BCHW is None:
-            seen_BCHW = torch.empty_like(image_BCHW, dtype=self.dtype, memory_format=torch.channels_last)
+        bands, height, width = image_CHW.shape
+        seen_BCHW = self._kept.take(bands, height, width, torch.empty(0, dtype=self.dtype, device=self.device))
         for rows in _some_rows(len(invalid_HW)):
             part_BCHW = image_BCHW[:, :, rows].float().mul_(card.scale).sub_(mean_C11).div_(std_C11)
             seen_BCHW[:, :, rows] = part_BCHW.masked_fill_(invalid_HW[rows], card.fill)

@@ -77,7 +77,7 @@ class _Strips(nn.Module):
         self.last_use = {
             it: number for number, chain in self.together.items() for part in chain for it in layers[part].inputs
         }
-        self.kept = _Kept()
+        self.kept = Kept()
 
     def _chain(self, number: int, whole: set[int]) -> set[int]:
         inputs = (it for it in self.layers[number].inputs if it not in whole)
@@ -88,7 +88,7 @@ class _Strips(nn.Module):
         if image_BCHW.shape[0] != 1:
             logits_BKHW: Tensor = self.graph(image_BCHW)
             return logits_BKHW
-        self.kept.begin(image_BCHW.shape)
+        self.kept.forget()
         maps = {0: image_BCHW}
         for number in self.together:
             maps[number] = self._whole(number, maps)
@@ -106,7 +106,7 @@ class _Strips(nn.Module):
         if strips <= 1:
             return self._rows(number, 0, height, maps)
         # What the caller is given is not taken from what is kept: it does not come back.
-        kept = self.kept if number in self.last_use else _Kept()
+        kept = self.kept if number in self.last_use else Kept()
         whole_BCHW = kept.take(layer.channels, height, width, image_BCHW)
         for strip in range(strips):
             first, stop = height * strip // strips, height * (strip + 1) // strips
@@ -143,26 +143,31 @@ class _Strips(nn.Module):
         return padded_BCHW
 
 
-class _Kept:
-    """Memory of maps that are no longer needed: for others, and for those of the next image if it is as large."""
+class Kept:
+    """Memory of maps that are no longer needed, for others: a system takes as long to give it anew as a layer does.
+
+    Of windows of several sizes it is as much as those of the largest take.
+    """
 
     def __init__(self) -> None:
-        self._shape: tuple[int, ...] = ()
         self._free: list[Tensor] = []
         self._taken: dict[int, Tensor] = {}
 
-    def begin(self, shape: tuple[int, ...]) -> None:
-        if shape != self._shape:
-            self._shape, self._free = shape, []
+    def forget(self) -> None:
+        """What was taken and not given back is not awaited."""
         self._taken = {}
 
     def take(self, channels: int, height: int, width: int, like: Tensor) -> Tensor:
         """A map of one image, channels last, of undefined numbers."""
         size = channels * height * width
-        fitting = [number for number, it in enumerate(self._free) if it.numel() >= size]
+        self._free.sort(key=Tensor.numel)
+        fitting = [number for number, flat in enumerate(self._free) if flat.numel() >= size]
         if fitting:
-            flat = self._free.pop(min(fitting, key=lambda number: self._free[number].numel()))
+            flat = self._free.pop(fitting[0])
         else:
+            if self._free:
+                # One that is too small makes room, else windows that grow would leave all of theirs behind.
+                self._free.pop()
             flat = torch.empty(size, dtype=like.dtype, device=like.device)
         map_BCHW = flat[:size].view(1, height, width, channels).permute(0, 3, 1, 2)
         self._taken[id(map_BCHW)] = flat
