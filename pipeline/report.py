@@ -162,14 +162,7 @@ def write_preview(
     Raises RunError if the picture cannot be written.
     """
     factor = max(1, -(-max(window.shape_yx) // max_px))
-    picture_HW3 = np.empty((-(-window.height // factor), -(-window.width // factor), 3), np.uint8)
-    for part in _parts(window, factor * max(1, READ_PX // factor)):
-        row, col = (part.row_off - window.row_off) // factor, (part.col_off - window.col_off) // factor
-        rgb_HW3, seen_HW = _reduce_part(read_image, read_valid, part, factor)
-        height, width = seen_HW.shape
-        picture_HW3[row : row + height, col : col + width] = np.where(
-            seen_HW[..., None], rgb_HW3, hatch(row, col, height, width)
-        )
+    picture_HW3 = _reduce(read_image, read_valid, window, factor)
     plain = Image.fromarray(picture_HW3)
     picture = plain.copy()
     outlines = _draw_outlines(geopackage, picture.size, window, lattice, factor)
@@ -179,34 +172,48 @@ def write_preview(
     return Plain(plain, factor)
 
 
-def _parts(window: Window, step: int) -> Iterator[Window]:
-    for row_off in range(window.row_off, window.row_stop, step):
-        for col_off in range(window.col_off, window.col_stop, step):
-            yield Window(row_off, col_off, step, step).intersect(window)
-
-
-def _reduce_part(
+def _reduce(
     read_image: Callable[[Window], NDArray[np.uint8]],
     read_valid: Callable[[Window], NDArray[np.generic]],
-    part: Window,
+    window: Window,
     factor: int,
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Means of factor x factor pixels of a part, (H, W, 3), and where at least half of them are valid, (H, W)."""
-    valid_HW = np.asarray(read_valid(part)) != 0
-    count_HW = _sums(valid_HW, factor)
-    seen_HW = 2 * count_HW >= _sums(np.ones_like(valid_HW), factor)
-    if not seen_HW.any():
-        return np.zeros((*seen_HW.shape, 3), np.uint8), seen_HW
-    image_BHW = read_image(part)
-    bands = [min(band, len(image_BHW) - 1) for band in range(3)]
-    sums = [_sums(image_BHW[band] * valid_HW, factor) for band in bands]
-    return (np.stack(sums, axis=-1) // np.maximum(count_HW, 1)[..., None]).astype(np.uint8), seen_HW
+) -> NDArray[np.uint8]:
+    """Means of factor x factor pixels, (H, W, 3), hatched where less than half of them are valid."""
+    heights, widths = (np.minimum(factor, side - np.arange(0, side, factor)) for side in window.shape_yx)
+    count_HW = np.zeros((len(heights), len(widths)), np.uint32)
+    sums_3HW = np.zeros((3, *count_HW.shape), np.uint32)
+    for part in _parts(window):
+        valid_HW = np.asarray(read_valid(part)) != 0
+        if not valid_HW.any():
+            continue
+        image_BHW = read_image(part)
+        row, top = divmod(part.row_off - window.row_off, factor)
+        col, left = divmod(part.col_off - window.col_off, factor)
+        counts_HW = _sums(valid_HW, factor, top, left)
+        at = slice(row, row + counts_HW.shape[0]), slice(col, col + counts_HW.shape[1])
+        count_HW[at] += counts_HW
+        for band in range(3):
+            sums_3HW[(band, *at)] += _sums(image_BHW[min(band, len(image_BHW) - 1)] * valid_HW, factor, top, left)
+    is_seen_HW = 2 * count_HW >= heights[:, None] * widths
+    means_HW3 = np.moveaxis(sums_3HW // np.maximum(count_HW, 1), 0, -1).astype(np.uint8)
+    return np.where(is_seen_HW[..., None], means_HW3, hatch(0, 0, *count_HW.shape))
 
 
-def _sums(pixels_HW: NDArray[np.generic], factor: int) -> NDArray[np.int64]:
-    """Sums over cells of factor x factor; those at the lower and right edge may be smaller."""
-    rows = np.add.reduceat(pixels_HW, np.arange(0, pixels_HW.shape[0], factor), axis=0, dtype=np.int64)
-    sums: NDArray[np.int64] = np.add.reduceat(rows, np.arange(0, pixels_HW.shape[1], factor), axis=1)
+def _parts(window: Window) -> Iterator[Window]:
+    """Parts on the lattice's own grid, as chunks are: none of these is read for several parts."""
+    for row in range(window.row_off // READ_PX, -(-window.row_stop // READ_PX)):
+        for col in range(window.col_off // READ_PX, -(-window.col_stop // READ_PX)):
+            yield Window.cell(row, col, READ_PX).intersect(window)
+
+
+def _sums(pixels_HW: NDArray[np.generic], factor: int, top: int, left: int) -> NDArray[np.uint32]:
+    """Sums over cells of factor x factor, the first of which begins so many pixels above and left of the array."""
+    height, width = pixels_HW.shape
+    rows, cols = -(-(top + height) // factor), -(-(left + width) // factor)
+    whole_HW = np.zeros((rows * factor, cols * factor), pixels_HW.dtype)
+    whole_HW[top : top + height, left : left + width] = pixels_HW
+    of_rows = whole_HW.reshape(rows, factor, cols * factor).sum(axis=1, dtype=np.uint32)
+    sums: NDArray[np.uint32] = of_rows.reshape(rows, cols, factor).sum(axis=2, dtype=np.uint32)
     return sums
 
 
