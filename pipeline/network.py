@@ -16,7 +16,6 @@ from segpipe.tasks.errors import RunError, TooLargeError, WorkerError
 from segpipe.tasks.grid import Window
 from segpipe.tasks.predict import predict_core
 
-from .allocator import give_freed_memory_back
 from .plan import Plan, model_file
 
 if TYPE_CHECKING:
@@ -47,7 +46,6 @@ class LoadedNetwork:
         self._lock = threading.Lock()
         self._predictor: Predictor | None = None
         self._thread = ThreadPoolExecutor(1, "network")
-        self._shape_yx: tuple[int, ...] = ()
         self._too_large_px = math.inf
         self._free: float | None = None
         self._written = 0.0
@@ -57,7 +55,7 @@ class LoadedNetwork:
         """What runs it. RunError if this process cannot honour the recipe."""
         with self._lock:
             if self._predictor is None:
-                self._predictor = load_predictor(self._plan)
+                self._predictor = self._thread.submit(load_predictor, self._plan).result()
             return self._predictor
 
     def predict_core(
@@ -110,10 +108,6 @@ class LoadedNetwork:
     def _run(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
         if valid_HW.size >= self._too_large_px:
             raise TooLargeError(valid_HW.size, "no less than one that did not fit")
-        if valid_HW.shape != self._shape_yx:
-            # Activations of another size fit no hole that the last ones have left: they would come on top of them.
-            give_freed_memory_back()
-            self._shape_yx = valid_HW.shape
         try:
             return self.predictor.predict(image_CHW, valid_HW)
         except RuntimeError as error:
