@@ -162,6 +162,7 @@ class Predictor:
         mean_C11 = torch.tensor(card.mean, device=self.device)[:, None, None]
         std_C11 = torch.tensor(card.std, device=self.device)[:, None, None]
         bands, height, width = image_CHW.shape
+        self._kept.forget()
         seen_BCHW = self._kept.take(bands, height, width, torch.empty(0, dtype=self.dtype, device=self.device))
         for rows in _some_rows(len(invalid_HW)):
             part_BCHW = image_BCHW[:, :, rows].float().mul_(card.scale).sub_(mean_C11).div_(std_C11)

@@ -153,6 +153,11 @@ class Kept:
         self._free: list[Tensor] = []
         self._taken: dict[int, Tensor] = {}
 
+    @property
+    def held_bytes(self) -> int:
+        """Of what was taken and of what may be."""
+        return sum(flat.nbytes for flat in [*self._free, *self._taken.values()])
+
     def forget(self) -> None:
         """What was taken and not given back is not awaited."""
         self._taken = {}

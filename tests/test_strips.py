@@ -55,6 +55,26 @@ def test_memory_that_is_kept_of_one_image_changes_nothing_in_the_next(many: None
             assert torch.equal(run(image_BCHW), whole(image_BCHW))
 
 
+def test_memory_that_is_kept_is_as_much_as_the_largest_window_takes() -> None:
+    like, kept = torch.empty(0), strips.Kept()
+    for side in (64, 16, 96, 48, 96, 32, 64):
+        first, second = kept.take(8, side, side, like), kept.take(16, side // 2, side // 2, like)
+        kept.give_back(first)
+        third = kept.take(4, side, side, like)
+        assert third.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for it in (second, third, torch.empty(3)):
+            kept.give_back(it)
+    assert kept.held_bytes == 96 * 96 * 8 * 4 + 48 * 48 * 16 * 4
+
+
+def test_memory_of_a_map_that_does_not_come_back_is_let_go_of() -> None:
+    kept = strips.Kept()
+    for _ in range(3):
+        kept.forget()
+        kept.take(3, 32, 32, torch.empty(0))
+    assert kept.held_bytes == 3 * 32 * 32 * 4
+
+
 @pytest.mark.parametrize("upsampling", ["bilinear", "transposed"])
 def test_both_ways_of_doubling_of_unet16_are_the_same_in_strips(many: None, upsampling: str) -> None:
     torch.manual_seed(0)
