@@ -56,7 +56,7 @@ def _pairs(network: Network) -> Iterator[tuple[str, str]]:
             yield source.target, node.target
 
 
-def fuse_activations(network: Network) -> nn.Module:
+def fuse_convolutions(network: Network) -> nn.Module:
     """The same function of an image, in fewer passes: convolutions with their ReLU, of maps that are not concatenated.
 
     Weights are laid out for oneDNN once. For a network in eval mode on a CPU, in float32 or bfloat16; its weights are

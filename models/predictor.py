@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.Image import Resampling
 from torch import Tensor, nn
 
-from .fold import fold_batchnorm, fuse_activations
+from .fold import fold_batchnorm, fuse_convolutions
 from .networks import Network
 from .strips import Kept, in_strips
 from .weights import Bundle, Card
@@ -89,7 +89,7 @@ def made_ready(network: Network, device: str) -> nn.Module:
     BatchNorm is folded, in place; on a CPU each ReLU is done with its convolution, and the finest maps in strips.
     """
     fold_batchnorm(network)
-    return in_strips(fuse_activations(network)) if device == "cpu" else network
+    return in_strips(fuse_convolutions(network)) if device == "cpu" else network
 
 
 class Predictor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from segpipe.models.field import Field, peak_bytes_per_px, probe_field
-from segpipe.models.fold import fuse_activations
+from segpipe.models.fold import fuse_convolutions
 from segpipe.models.networks import NETWORKS, Network, OwnNetwork, build_network, unet
 from segpipe.models.predictor import made_ready
 from segpipe.models.weights import Reach
@@ -90,7 +90,7 @@ def test_the_last_stride_of_the_halo_matters_and_nothing_beyond_it(name: str, ax
 def test_columns_with_their_halo_equal_those_of_one_pass_over_more_in_float32(name: str) -> None:
     torch.manual_seed(1)
     network = build_network(name).eval().to(memory_format=torch.channels_last)
-    fused = fuse_activations(network)
+    fused = fuse_convolutions(network)
     stride, border, halo_px = network.stride, network.border_px, EXPECTED[name][1]
     width = max(24 * stride if border else 16 * stride, 2 * halo_px + 2 * stride)
     height = 24 * stride if border else (4 if name in ("unet16", "unet-densenet121") else 8) * stride

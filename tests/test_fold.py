@@ -9,7 +9,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from segpipe.models.fold import Fused, FusedParts, fold_batchnorm, fuse_activations
+from segpipe.models.fold import Fused, FusedParts, fold_batchnorm, fuse_convolutions
 from segpipe.models.networks import NETWORKS, Network, OwnNetwork, build_network
 from segpipe.models.networks.upsample import ByParts, Transposed2, Transposed3, Transposed4
 
@@ -121,7 +121,7 @@ def test_a_network_of_the_users_own_is_left_alone() -> None:
 def test_a_fused_network_gives_the_same_logits(name: str) -> None:
     network = with_statistics(build_network(name)).float()
     fold_batchnorm(network)
-    fused = fuse_activations(network)
+    fused = fuse_convolutions(network)
     side = 188 if name == "unet-valid" else 128
     image_BCHW = torch.randn(1, 3, side, side)
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_maps_are_convolved_as_if_concatenated_to_the_same_bits_at_any_width(
 
 @pytest.mark.parametrize(("name", "left"), [("unet11", 0), ("unet-mobilenetv2", 0), ("unet-densenet121", 58)])
 def test_what_a_convolution_alone_reads_is_not_concatenated(name: str, left: int) -> None:
-    fused = fuse_activations(build_network(name).eval())
+    fused = fuse_convolutions(build_network(name).eval())
     assert isinstance(fused, torch.fx.GraphModule)
     assert sum(node.target is torch.cat for node in fused.graph.nodes) == left
 
@@ -216,7 +216,7 @@ class Activated(Network):
 def test_only_what_alone_reads_a_plain_convolution_is_fused() -> None:
     torch.manual_seed(0)
     network = Activated().eval()
-    fused = fuse_activations(network)
+    fused = fuse_convolutions(network)
     image_BCHW = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(fused(image_BCHW), network(image_BCHW), rtol=1e-5, atol=1e-6)
@@ -229,4 +229,4 @@ def test_only_what_alone_reads_a_plain_convolution_is_fused() -> None:
 
 def test_a_network_of_the_users_own_is_not_fused() -> None:
     network = OwnNetwork("tests:untraceable", Untraceable()).eval()
-    assert fuse_activations(network) is network
+    assert fuse_convolutions(network) is network

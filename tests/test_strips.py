@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from segpipe.models import strips
 from segpipe.models.field import peak_bytes_per_px
-from segpipe.models.fold import fuse_activations
+from segpipe.models.fold import fuse_convolutions
 from segpipe.models.networks import NETWORKS, Network, OwnNetwork, build_network
 from segpipe.models.predictor import made_ready
 from segpipe.models.strips import in_strips
@@ -37,7 +37,7 @@ def test_every_network_gives_the_same_bits_in_strips(many: None, name: str, dtyp
     torch.manual_seed(0)
     network = build_network(name).to(dtype).eval()
     run = made_ready(network, "cpu")
-    whole = fuse_activations(network)
+    whole = fuse_convolutions(network)
     assert type(run) is not type(whole)
     image_BCHW = image_of(network, dtype, 3, 16)
     with torch.inference_mode():
@@ -48,7 +48,7 @@ def test_memory_that_is_kept_of_one_image_changes_nothing_in_the_next(many: None
     torch.manual_seed(0)
     network = build_network("unet-mobilenetv2").eval()
     run = made_ready(network, "cpu")
-    whole = fuse_activations(network)
+    whole = fuse_convolutions(network)
     for rows, cols in ((4, 16), (4, 16), (3, 17), (5, 16)):
         image_BCHW = image_of(network, torch.float32, rows, cols)
         with torch.inference_mode():
@@ -81,7 +81,7 @@ def test_both_ways_of_doubling_of_unet16_are_the_same_in_strips(many: None, upsa
     network = build_network("unet16", upsampling=upsampling).eval()
     image_BCHW = image_of(network, torch.float32, 3, 16)
     with torch.inference_mode():
-        assert torch.equal(made_ready(network, "cpu")(image_BCHW), fuse_activations(network)(image_BCHW))
+        assert torch.equal(made_ready(network, "cpu")(image_BCHW), fuse_convolutions(network)(image_BCHW))
 
 
 def test_several_images_go_through_in_one_piece(many: None) -> None:
@@ -131,7 +131,7 @@ class Strange(Network):
     ids=lambda layer: type(layer).__name__,
 )
 def test_a_network_with_another_layer_stays_whole(layer: nn.Module) -> None:
-    fused = fuse_activations(Strange(layer).eval())
+    fused = fuse_convolutions(Strange(layer).eval())
     assert in_strips(fused) is fused
 
 
