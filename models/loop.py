@@ -98,17 +98,26 @@ def run_loop(job: Job, report: Callable[[Record], None]) -> None:
             trainer.fit(loop, ckpt_path=job.last if loop.memory.step else None, weights_only=True)
         except SystemExit:
             raise KeyboardInterrupt from None  # which Lightning makes this of
-        except RuntimeError as error:
-            # Torch raises it wherever this process happens to be when the signal of a child's death comes.
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            died = _told_of_loader(error, settings.loaders)
+            if died is None:
                 raise
-            died = str(error).split("DataLoader worker", 1)[1].splitlines()[0].strip(" .")
             raise FitError(
                 f"a process that reads crops has died: loader {died}; cure: more memory, fewer loaders or a smaller"
                 f" batch; {loop.kept()}"
             ) from None
         finally:
             signal.signal(signal.SIGINT, interrupted)  # Lightning leaves it ignored
+
+
+def _told_of_loader(error: Exception, loaders: int) -> str | None:
+    """What became of a process that reads crops; None for an error that tells of none."""
+    if isinstance(error, RuntimeError):
+        # Torch raises it wherever this process happens to be when the signal of a child's death comes.
+        _, told, died = str(error).partition("DataLoader worker")
+        return died.splitlines()[0].strip(" .") if told else None
+    # It died while it handed over a crop, and that was noticed before the signal came.
+    return f"hung up: {str(error) or type(error).__name__}" if loaders else None
 
 
 def _environment_is_others(settings: FitSettings) -> bool:

@@ -256,6 +256,17 @@ def test_a_loader_that_dies_is_told_in_one_line_and_the_fit_goes_on_afterwards(t
     assert_same_end(whole, cut, tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_loader_that_dies_while_it_hands_over_a_crop_is_told_in_one_line(tmp_path, monkeypatch, error):
+    def hung_up(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data", hung_up)
+    with pytest.raises(FitError, match=r"has died: loader hung up: .*(reset|EOFError).*fewer loaders") as caught:
+        run(tmp_path, Squares(), replace(SETTINGS, loaders=1))
+    assert "\n" not in str(caught.value)
+
+
 def test_crops_that_cannot_be_read_are_told_in_one_line(tmp_path):
     with pytest.raises(FitError, match=r"batch 5 of crops cannot be read: OSError: chunk 5 is damaged; run again"):
         run(tmp_path, Squares(broken_at=5))
