@@ -428,7 +428,14 @@ class Feed:
             multiprocessing_context="spawn" if self.loaders else None,
             pin_memory=torch.cuda.is_available(),
         )
-        for item in loader:
-            if isinstance(item, Unread):
-                raise FitError(f"batch {item.index} of crops cannot be read: {item.reason}; {self.kept()}", item.index)
-            yield item
+        items = iter(loader)
+        try:
+            for item in items:
+                if isinstance(item, Unread):
+                    reason = f"batch {item.index} of crops cannot be read: {item.reason}"
+                    raise FitError(f"{reason}; {self.kept()}", item.index)
+                yield item
+        finally:
+            # Torch ends the processes when nothing refers to them any more, which an error's traceback does.
+            if self.loaders:
+                items._shutdown_workers()  # type: ignore[attr-defined]  # it has no public name

@@ -66,7 +66,12 @@ def city(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> City:
 
 
 def workers() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # one that is just dying has no command line
+            if "spawn_main" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_worker_processes_give_the_bytes_of_this_process_and_one_may_be_killed(

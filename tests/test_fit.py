@@ -257,7 +257,7 @@ def test_a_loader_that_dies_is_told_in_one_line_and_the_fit_goes_on_afterwards(t
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
-def test_a_loader_that_dies_while_it_hands_over_a_crop_is_told_in_one_line(tmp_path, monkeypatch, error):
+def test_a_loader_that_dies_while_it_hands_over_a_crop_is_told_and_none_is_left(tmp_path, monkeypatch, error):
     def hung_up(*arguments: object, **options: object) -> None:
         raise error
 
@@ -265,6 +265,7 @@ def test_a_loader_that_dies_while_it_hands_over_a_crop_is_told_in_one_line(tmp_p
     with pytest.raises(FitError, match=r"has died: loader hung up: .*(reset|EOFError).*fewer loaders") as caught:
         run(tmp_path, Squares(), replace(SETTINGS, loaders=1))
     assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children()
 
 
 def test_crops_that_cannot_be_read_are_told_in_one_line(tmp_path):
