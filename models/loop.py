@@ -98,7 +98,7 @@ def run_loop(job: Job, report: Callable[[Record], None]) -> None:
             trainer.fit(loop, ckpt_path=job.last if loop.memory.step else None, weights_only=True)
         except SystemExit:
             raise KeyboardInterrupt from None  # which Lightning makes this of
-        except (RuntimeError, ConnectionError, EOFError) as error:
+        except Exception as error:
             died = _told_of_loader(error, settings.loaders)
             if died is None:
                 raise
@@ -110,14 +110,20 @@ def run_loop(job: Job, report: Callable[[Record], None]) -> None:
             signal.signal(signal.SIGINT, interrupted)  # Lightning leaves it ignored
 
 
-def _told_of_loader(error: Exception, loaders: int) -> str | None:
+def _told_of_loader(error: BaseException, loaders: int) -> str | None:
     """What became of a process that reads crops; None for an error that tells of none."""
-    if isinstance(error, RuntimeError):
-        # Torch raises it wherever this process happens to be when the signal of a child's death comes.
-        _, told, died = str(error).partition("DataLoader worker")
-        return died.splitlines()[0].strip(" .") if told else None
-    # It died while it handed over a crop, and that was noticed before the signal came.
-    return f"hung up: {str(error) or type(error).__name__}" if loaders else None
+    if loaders and isinstance(error, ConnectionError | EOFError):
+        # It died while it handed over a crop, and that was noticed before the signal came.
+        return f"hung up: {str(error) or type(error).__name__}"
+    # Torch raises it wherever this process happens to be when the signal of a child's death comes, also in what makes
+    # another error of any.
+    behind: BaseException | None = error
+    while behind is not None:
+        _, told, died = str(behind).partition("DataLoader worker")
+        if told:
+            return died.splitlines()[0].strip(" .")
+        behind = behind.__cause__ or behind.__context__
+    return None
 
 
 def _environment_is_others(settings: FitSettings) -> bool:

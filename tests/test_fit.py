@@ -268,6 +268,19 @@ def test_a_loader_that_dies_while_it_hands_over_a_crop_is_told_and_none_is_left(
     assert not multiprocessing.active_children()
 
 
+def test_a_loader_that_dies_while_something_is_logged_is_told_in_one_line(tmp_path, monkeypatch):
+    def in_vain(*arguments: object, **options: object) -> None:
+        try:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nSee above.")
+        except RuntimeError as error:
+            raise ValueError("you tried to log 1.0") from error
+
+    monkeypatch.setattr("lightning.pytorch.loggers.TensorBoardLogger.log_metrics", in_vain)
+    with pytest.raises(FitError, match=r"has died: loader \(pid 7\) is killed by signal: Killed; cure") as caught:
+        run(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_crops_that_cannot_be_read_are_told_in_one_line(tmp_path):
     with pytest.raises(FitError, match=r"batch 5 of crops cannot be read: OSError: chunk 5 is damaged; run again"):
         run(tmp_path, Squares(broken_at=5))
