@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from .plan import Crew, Plan
+from .plan import Plan
 from .stages import Receipt, Site
+from .workers import Crew
 
 Stage = Callable[..., Receipt]
 

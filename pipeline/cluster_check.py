@@ -17,8 +17,9 @@ from urllib.parse import urlsplit
 from segpipe.tasks.errors import SegpipeError, UserError
 
 from .devices import take_own_device
-from .plan import Crew, allowance, gpus_bytes, model_file
+from .plan import model_file
 from .stages import Site
+from .workers import Crew, allowance, gpus_bytes
 
 ANSWER_S = 15.0
 """Within this time whatever is wrong before work is told."""

@@ -25,7 +25,7 @@ from .cluster_kinds import connect, dask_settings, security
 from .cluster_local import THREADS_PER_WORKER, close_soon
 from .cluster_pool import workers_of
 from .config import CityConfig, GroupConfig, SlurmConfig
-from .plan import Crew, bytes_of
+from .workers import Crew, bytes_of
 
 ASK_EVERY_S = 10.0
 """How often SLURM is asked which jobs there are: a controller serves many."""

@@ -26,9 +26,10 @@ from .areas import common_resolution, open_area
 from .config import StatisticsConfig, TrainConfig
 from .measure import View, plan_views
 from .pairs import open_pairs
-from .plan import LARGEST_AUTO_HALO_PX, allowance
+from .recipe import LARGEST_AUTO_HALO_PX
 from .sources import Sources
 from .split import Split, split_areas
+from .workers import allowance
 
 MOST_LOADERS = 8
 LARGE = 1_000_000

@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 from affine import Affine
 
 from segpipe.models.initialise import cache_folder
@@ -32,66 +31,17 @@ from segpipe.tasks.scale import Scale, percentile_scale, sample_values
 from segpipe.tasks.validity import min_pixels, resolve_speckle_tolerance, resolve_tolerance
 from segpipe.tasks.vectorize import VectorSettings
 
-from .config import CityConfig, ClusterConfig, LocalConfig
+from .config import CityConfig
 from .district import District, resolve_area
 from .formats import check_not_foreign, resolve_crs
 from .inputs import ASKED_AT_ONCE, find_images
 from .manifest import check_folder_is_ours, own_files
 from .place import Placed, check_scattered, ground_m, place_tiles, settled_mosaics, tile_crs
+from .recipe import Recipe, resolve_halo, resolve_recipe
 from .storage import Folder, LocalFolder, desk_of
 from .store import Layout
 from .tile_masks import file_names
-
-LARGEST_AUTO_BLOCK_PX = 4096
-LARGEST_AUTO_HALO_PX = 320
-FILLED = 0.9
-"""How much of a worker's memory a predict task may fill: at 95 % the worker is ended."""
-SCRATCH = 1.6
-"""Memory of a pass against its activations: the convolutions' own, and what the allocator keeps (measured)."""
-WORKER_BASE_BYTES = 900 * 2**20
-"""A worker before its first window: libraries, network, GDAL's cache."""
-GPU_BASE_BYTES = 700 * 2**20
-"""A GPU before its first window: CUDA's own, and the network."""
-
-
-@dataclass(frozen=True)
-class Workers:
-    """Worker processes, threads of torch in each, and the memory that each may use.
-
-    gpu_bytes: memory of the smallest GPU that one of them has; 0 for CPUs, and where nobody has looked.
-    """
-
-    count: int
-    threads: int
-    memory_bytes: int
-    gpu_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Crew:
-    """The workers that predict, where they are not of this machine. cores and bytes: of the least of them."""
-
-    device: str
-    torch: str
-    workers: int
-    cores: int
-    memory_bytes: int
-    gpu_bytes: int = 0
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a number depends on besides pixels and weights. Part of what "done" means."""
-
-    device: str
-    precision: Literal["float32", "bfloat16"]
-    mode: str
-    threads: int
-    torch: str
-    block_px: int
-    halo_px: int
-    tta: Literal["none", "d4"] = "none"
+from .workers import Crew, Workers, allowance, resolve_workers
 
 
 @dataclass(frozen=True)
@@ -309,11 +259,12 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None, crew: Cr
     bounds = placement.bounds
     layout = Layout(lattice, bounds.snap(config.grid.chunk_px), config.grid.chunk_px, len(config.bands))
     workers = resolve_workers(config.cluster, stored.get("threads"), crew)
-    halo_px, notes = _resolve_halo(config, card)
+    halo_px, notes = resolve_halo(config, card)
     notes += _told_of_resolution(config, ground_pixel_m(lattice, bounds), card) + _told_of_resizing(card)
     area = resolve_area(config.area, lattice, [tile.cover for tile in tiles])
+    extent = bounds if area is None else bounds.intersect(area.window.pad(halo_px + 1))
     notes += [] if crew is None else crew.notes
-    recipe, task_bytes = _resolve_recipe(config, card, halo_px, layout, workers, stored.get("block_px"), crew)
+    recipe, task_bytes = resolve_recipe(config, card, halo_px, layout, extent, workers, stored.get("block_px"), crew)
     _check_disk(folder, tiles, len(config.bands), _seen(layout.grid, area, recipe, card.stride))
     threshold = config.vectorize.threshold if config.vectorize.threshold is not None else card.threshold
     return Plan(
@@ -521,63 +472,6 @@ def _check_resolution(config: CityConfig, headers: Sequence[TileHeader], card: C
             )
 
 
-def resolve_workers(config: ClusterConfig, stored_threads: int | None = None, crew: Crew | None = None) -> Workers:
-    """Workers, threads and memory from the configuration and what this process may use of the machine.
-
-    Not what happens to be free: that would decide the block size. stored_threads: those of the first run in this
-    folder, which are part of the recipe. crew: workers that are not of this machine.
-    """
-    if crew is not None:
-        threads = config.threads if config.threads != "auto" else stored_threads or crew.cores
-        return Workers(crew.workers, threads, crew.memory_bytes, crew.gpu_bytes)
-    if not isinstance(config, LocalConfig):
-        config = LocalConfig(threads=config.threads)
-    gpus = gpus_bytes()
-    cores, memory_bytes = allowance()
-    count = config.workers if config.workers != "auto" else len(gpus) or max(1, cores // 8)
-    count = min(count, len(gpus)) if gpus else count
-    threads = config.threads if config.threads != "auto" else stored_threads or max(1, cores // count)
-    total = int(memory_bytes * 0.8) if config.memory == "auto" else bytes_of(config.memory)
-    return Workers(count, threads, total // count, min(gpus, default=0))
-
-
-def bytes_of(text: str) -> int:
-    """A number with its unit, such as 8 GiB, in bytes."""
-    unit = text.lstrip("0123456789. ")
-    number = float(text.removesuffix(unit))
-    return int(number * {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}[unit])
-
-
-def gpus_bytes() -> list[int]:
-    """Memory of each CUDA device that this process sees."""
-    import torch
-
-    return [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
-
-
-def allowance() -> tuple[int, int]:
-    """Cores and bytes of memory that this process may use: of the machine, its CPU affinity, and its control group."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory_bytes = psutil.virtual_memory().total
-    quota = _cgroup("cpu.max").split()
-    if len(quota) == 2 and quota[0].isdigit():
-        cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
-    limit = _cgroup("memory.max").strip()
-    return cores, min(memory_bytes, int(limit)) if limit.isdigit() else memory_bytes
-
-
-def _cgroup(name: str) -> str:
-    """A limit of this process's control group (version 2), an empty text where there is none."""
-    try:
-        own = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
-        for folder in (Path("/sys/fs/cgroup") / own, Path("/sys/fs/cgroup")):
-            if (folder / name).is_file():
-                return (folder / name).read_text()
-    except OSError:
-        pass
-    return ""
-
-
 def _told_of_resolution(config: CityConfig, metres: float, card: Card) -> list[str]:
     """What may be gained where the city's pixels are coarser than the model's (docs/benchmarks.md, Resolution)."""
     if config.grid.resolution_m is not None or metres < card.resolution_m * 1.1:
@@ -598,116 +492,6 @@ def _told_of_resizing(card: Card) -> list[str]:
         f"the model was trained on whole images resized to {width} x {height} px, and here sees pixels as they are:"
         " what it finds may be worse than its figures; `segpipe predict` resizes"
     ]
-
-
-def _resolve_halo(config: CityConfig, card: Card) -> tuple[int, list[str]]:
-    asked, exact_px = config.predict.halo, card.halo_px
-    if exact_px is None:
-        return _resolve_unbounded_halo(asked, card)
-    if isinstance(asked, int):
-        note = f"halo of {asked} px is less than the exact {exact_px} px: results depend on the block size"
-        return asked, [note] if asked < exact_px else []
-    if asked == "exact" or exact_px <= LARGEST_AUTO_HALO_PX:
-        return exact_px, []
-    if card.effective_halo_px is None:
-        return exact_px, [f"the exact halo of {exact_px} px is used: no effective one was measured in training"]
-    note = f"effective halo of {card.effective_halo_px} px (exact: {exact_px}): results depend on the block size"
-    return card.effective_halo_px, [note]
-
-
-def _resolve_unbounded_halo(asked: int | str, card: Card) -> tuple[int, list[str]]:
-    """The halo for a network that sees the whole of its window, however large: no halo is exact."""
-    note = f"every pixel of a window matters to {card.architecture}: results depend on the block size"
-    if isinstance(asked, int):
-        return asked, [f"halo of {asked} px; {note}"]
-    if asked == "exact":
-        raise UserError(
-            f"predict.halo: exact, but the field of {card.architecture} has no bound; expected auto or pixels"
-        )
-    if card.effective_halo_px is None:
-        raise UserError(
-            f"predict.halo: the field of {card.architecture} has no bound, and no effective halo was measured in"
-            " training; expected pixels, for example `predict: {halo: 256}`"
-        )
-    return card.effective_halo_px, [f"effective halo of {card.effective_halo_px} px; {note}"]
-
-
-def _resolve_recipe(
-    config: CityConfig,
-    card: Card,
-    halo_px: int,
-    layout: Layout,
-    workers: Workers,
-    stored_block_px: int | None,
-    crew: Crew | None,
-) -> tuple[Recipe, int]:
-    """The recipe, and the bytes of a worker's memory that one predict task takes with it."""
-    import torch
-
-    from segpipe.models.field import peak_bytes_per_px
-    from segpipe.models.predictor import device_recipe, is_fast_in_bfloat16, made_ready, resolve_device
-    from segpipe.models.weights import blank_network
-
-    own = device_recipe(resolve_device())
-    device, version = (own["device"], own["torch"]) if crew is None else (crew.device, crew.torch)
-    precision = config.predict.precision
-    if precision == "auto":
-        precision = "bfloat16" if is_fast_in_bfloat16(device) else "float32"
-    try:
-        network = blank_network(card).eval()
-        run = made_ready(network, device.partition(" ")[0])
-        per_px = peak_bytes_per_px(network, getattr(torch, precision), len(card.bands), run)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from None
-    step = math.lcm(layout.chunk_px, card.stride)
-
-    on_gpu = device.startswith("cuda")
-
-    def task_bytes(block_px: int) -> tuple[int, int]:
-        """What a task takes of the worker's memory and of the GPU's."""
-        # Image and valid as uint8, the normalised image in float32, the probabilities; the next block's image and
-        # valid, which are read meanwhile; the activations.
-        window_px = (block_px + 2 * halo_px) ** 2
-        around, activations = window_px * (6 * layout.bands + 10), int(window_px * SCRATCH * per_px)
-        if on_gpu:
-            return WORKER_BASE_BYTES + around, GPU_BASE_BYTES + around + activations
-        return WORKER_BASE_BYTES + around + activations, 0
-
-    def fits(block_px: int) -> bool:
-        of_worker, of_gpu = task_bytes(block_px)
-        return of_worker <= workers.memory_bytes // 2 and of_gpu <= (FILLED * workers.gpu_bytes or math.inf)
-
-    if isinstance(config.grid.block_px, int):
-        block_px = config.grid.block_px
-        if block_px % step:
-            raise UserError(
-                f"grid.block_px: {block_px}; expected a multiple of {step} (whole chunks of {layout.chunk_px} px and"
-                f" the network's stride of {card.stride} px)"
-            )
-    elif stored_block_px is not None and stored_block_px % step == 0:
-        block_px = stored_block_px
-    else:
-        block_px = step
-        largest = max(LARGEST_AUTO_BLOCK_PX, step)
-        while block_px + step <= largest and fits(block_px + step):
-            block_px += step
-        while block_px > step and sum(1 for _ in layout.grid.cells(block_px)) < workers.count:
-            block_px -= step
-    of_worker, of_gpu = task_bytes(block_px)
-    window = f"a block of {block_px} px with a halo of {halo_px} px"
-    if of_worker > FILLED * workers.memory_bytes:
-        raise UserError(
-            f"cluster.memory: {workers.memory_bytes / 2**30:.1f} GiB a worker, but {window} takes"
-            f" {of_worker / 2**30:.1f} GiB, which may fill {FILLED:.0%} of it; cure: a smaller `grid: {{block_px: …}}`,"
-            f" fewer `cluster: {{workers: …}}`, or more memory"
-        )
-    if workers.gpu_bytes and of_gpu > FILLED * workers.gpu_bytes:
-        raise UserError(
-            f"grid.block_px: {window} takes about {of_gpu / 2**30:.1f} GiB of a GPU; expected {FILLED:.0%} of its"
-            f" {workers.gpu_bytes / 2**30:.1f} GiB at most; cure: a smaller `grid: {{block_px: …}}`"
-        )
-    recipe = Recipe(device, precision, "eager", workers.threads, version, block_px, halo_px, config.predict.tta)
-    return recipe, of_worker
 
 
 def _check_disk(folder: Folder, tiles: Sequence[Tile], bands: int, seen: Window) -> None:

@@ -14,7 +14,7 @@ from .areas import AreaPlan, is_read, pixels_of, plan_area, plan_inria, write_ar
 from .cluster_local import call_each
 from .config import AreaConfig, TrainConfig
 from .pairs import PairsPlan, parts_to_read, plan_pairs, write_part
-from .plan import allowance
+from .workers import allowance
 
 ALONE_PX = 30_000_000
 """Areas of fewer pixels in all are read in this process: workers take longer to start."""

@@ -27,9 +27,9 @@ from segpipe.tasks.sample import Area
 from .config import TrainConfig
 from .job import TrainJob
 from .measure import CORE_PX, HALO_AREA_PX, UNBOUNDED_PX, Eye, Seen, View, count_logits, effective_halo, look, measure
-from .plan import allowance
 from .storage import write_bytes
 from .train_report import Example, TrainReport, triptych, write_train_report
+from .workers import allowance
 
 BUNDLE, REPORT, SAMPLES = "model.safetensors", "report.html", "samples"
 MOST_NAMED = 50

@@ -17,10 +17,13 @@ from pyproj import CRS
 
 from segpipe.models.weights import load_bundle, save_bundle
 from segpipe.pipeline import plan as module
+from segpipe.pipeline import workers as workers_module
 from segpipe.pipeline.config import LocalConfig, load_city
 from segpipe.pipeline.describe import describe
 from segpipe.pipeline.place import place_tiles
-from segpipe.pipeline.plan import Crew, Plan, disk_bytes, make_plan, resolve_workers
+from segpipe.pipeline.plan import Plan, disk_bytes, make_plan
+from segpipe.pipeline.recipe import USUAL_BLOCK_PX, WAITING, WORTH, choose_block
+from segpipe.pipeline.workers import Crew, resolve_workers
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.grid import Window
 from segpipe.tasks.read import TileHeader, read_header
@@ -193,7 +196,7 @@ def test_block_px_auto_follows_the_configured_memory(make_city: MakeCity) -> Non
     sides = [plan_of(city, f"cluster.memory={memory} GiB").block_px for memory in (3, 8, 16, 1000)]
     assert sides == sorted(sides)
     assert sides[0] < sides[2]
-    assert sides[-1] == module.LARGEST_AUTO_BLOCK_PX
+    assert sides[-1] == USUAL_BLOCK_PX
     for memory, side in zip((3, 8, 16), sides, strict=False):
         assert plan_of(city, f"cluster.memory={memory} GiB").task_bytes <= memory * 2**30 / 2 or side == 512
     assert plan_of(city, "cluster.memory=1000 GiB", block_px=1024).block_px == 1024, "what was settled stays"
@@ -208,35 +211,72 @@ def test_on_a_gpu_the_block_follows_its_memory_and_the_workers_is_for_the_rest(m
 
     sides = [on_gpu(gib).block_px for gib in (2, 8, 24, 80)]
     assert sides == sorted(sides)
-    assert sides[0] < sides[-1] == module.LARGEST_AUTO_BLOCK_PX
-    assert on_gpu(80, memory_gib=4).block_px == module.LARGEST_AUTO_BLOCK_PX
-    assert on_gpu(0).block_px == module.LARGEST_AUTO_BLOCK_PX, "where nobody has looked, a trial tells"
+    assert sides[0] < sides[-1] == USUAL_BLOCK_PX
+    assert on_gpu(80, memory_gib=4).block_px == USUAL_BLOCK_PX
+    assert on_gpu(0).block_px == USUAL_BLOCK_PX, "where nobody has looked, a trial tells"
     with pytest.raises(UserError, match=r"block of 4096 px .* GiB of a GPU; expected 90% of its 2\.0 GiB"):
         on_gpu(2, 64, "grid.block_px=4096")
+
+
+@pytest.mark.parametrize(
+    ("sides", "corner", "workers", "chosen"),
+    [
+        # Four blocks of 4096 px, three of them slivers; two of 5120 px, none of them one.
+        ((3878, 5014), (444 + 17 * 5120, 397 + 5120), 1, 5120),
+        ((4096, 4096), (4096, 8192), 1, 4096),
+        ((40_000, 40_000), (0, 0), 1, 8192),
+        ((9000, 9000), (0, 0), 1, 5120),
+        # Each of four has a block, and each of nine.
+        ((8192, 8192), (0, 0), 4, 4096),
+        ((8192, 8192), (0, 0), 9, 3072),
+        ((64, 64), (0, 0), 1, 4096),
+        ((64, 64), (0, 0), 2, 1024),
+    ],
+)
+def test_blocks_are_chosen_for_few_pixels_of_halo(
+    sides: tuple[int, int], corner: tuple[int, int], workers: int, chosen: int
+) -> None:
+    assert choose_block(range(1024, 8193, 1024), Window(*corner, *sides), 320, workers) == chosen
+
+
+@given(st.data())
+def test_a_larger_block_than_the_usual_one_shows_the_network_fewer_pixels(data: st.DataObject) -> None:
+    extent = Window(*(data.draw(st.integers(low, high)) for low, high in ((-9000, 9000),) * 2 + ((1, 30_000),) * 2))
+    halo_px = data.draw(st.integers(0, 640))
+    chosen = choose_block(range(1024, 8193, 1024), extent, halo_px, 1)
+
+    def seen_px(size: int) -> int:
+        cores = (Window.cell(*cell, size).intersect(extent) for cell in extent.cells(size))
+        return sum(core.pad(halo_px).pixels for core in cores)
+
+    assert chosen >= USUAL_BLOCK_PX
+    if chosen > USUAL_BLOCK_PX:
+        first_px, usual_px = (min(size, extent.height) * min(size, extent.width) for size in (chosen, USUAL_BLOCK_PX))
+        assert seen_px(chosen) + WAITING * first_px < WORTH * (seen_px(USUAL_BLOCK_PX) + WAITING * usual_px)
 
 
 def test_what_the_machine_has_free_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for available in (1, 2**40):
         memory = SimpleNamespace(total=2**35, available=available)
-        monkeypatch.setattr(module.psutil, "virtual_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(workers_module.psutil, "virtual_memory", lambda memory=memory: memory)
         found.append(resolve_workers(LocalConfig()))
     assert found[0] == found[1]
 
 
 def test_limits_of_a_container_and_of_the_processes_affinity_count(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {"cpu.max": "300000 100000", "memory.max": str(2**31)}
-    monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: set(range(64)))
-    monkeypatch.setattr(module, "_cgroup", limits.__getitem__)
-    assert module.allowance() == (3, 2**31)
-    monkeypatch.setattr(module.os, "sched_getaffinity", lambda pid: {5})
-    assert module.allowance()[0] == 1
+    monkeypatch.setattr(workers_module.os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr(workers_module, "_cgroup", limits.__getitem__)
+    assert workers_module.allowance() == (3, 2**31)
+    monkeypatch.setattr(workers_module.os, "sched_getaffinity", lambda pid: {5})
+    assert workers_module.allowance()[0] == 1
     limits.update({"cpu.max": "max 100000", "memory.max": "max"})
-    assert module.allowance() == (1, module.psutil.virtual_memory().total)
+    assert workers_module.allowance() == (1, workers_module.psutil.virtual_memory().total)
 
 
 def test_on_a_machine_with_gpus_there_is_one_worker_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "gpus_bytes", lambda: [2**34, 2**33, 2**34, 2**34])
+    monkeypatch.setattr(workers_module, "gpus_bytes", lambda: [2**34, 2**33, 2**34, 2**34])
     workers = resolve_workers(LocalConfig())
     assert (workers.count, workers.gpu_bytes) == (4, 2**33)
     assert resolve_workers(LocalConfig(workers=2)).count == 2
