@@ -5,6 +5,7 @@ Axes: B batch, C band, K class, H row, W column.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -31,8 +32,8 @@ On a map less than 16 columns wide oneDNN's convolutions add up in another order
 float32, 1 and 2 threads), so the last bit of a pixel would depend on the size of its window.
 """
 ROWS = 256
-"""Of a window at once that are in float32: the whole of it would take more memory than most maps of the network, and
-memory that a thread has not had before costs more than what is done in it."""
+"""Of a window at once that are in float32 on a CPU: the whole of it would take more memory than most maps of the
+network, and memory that a thread has not had before costs more than what is done in it."""
 CORE_PX = 1024
 """Images are predicted in cores of this size, rounded up to whole strides."""
 D4 = tuple((turns, flipped) for flipped in (False, True) for turns in range(4))
@@ -92,6 +93,14 @@ def made_ready(network: Network, device: str) -> nn.Module:
     return in_strips(fuse_convolutions(network)) if device == "cpu" else network
 
 
+@dataclass(frozen=True)
+class Uploaded:
+    """A window on its device: image_BCHW in uint8, and invalid_HW."""
+
+    image_BCHW: Tensor
+    invalid_HW: Tensor
+
+
 class Predictor:
     """Holds a bundle's network on a device, in one precision, with a number of threads on a CPU.
 
@@ -121,6 +130,9 @@ class Predictor:
         self.forward = made_ready(self.network, device.type)
         self.network.to(device, self.dtype)
         self._kept = Kept()
+        # Copies to and from a GPU have streams of their own, so that they go on beside a pass.
+        on_gpu = device.type == "cuda"
+        self._streams = [torch.cuda.Stream(device) for _ in range(2 * on_gpu)]  # type: ignore[no-untyped-call]
         for parameter in self.network.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -131,15 +143,43 @@ class Predictor:
         The window starts on the stride's lattice. A network whose logits are smaller than the image gives no answer
         in the window's outer stride-aligned border, and 255 there too.
         """
+        return self.download(self.run(self.upload(image_CHW, valid_HW)))
+
+    # The three steps of predict. While one window is in `run`, others may be in the other two, in other threads.
+
+    def upload(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> Uploaded:
+        """The pixels of a window on the device, from pinned memory to a GPU; on a CPU the very same pixels."""
+        image_BCHW, invalid_HW = torch.from_numpy(image_CHW)[None], torch.from_numpy(~valid_HW)
+        if not self._streams:
+            return Uploaded(image_BCHW, invalid_HW)
+        with torch.cuda.stream(self._streams[0]):
+            found = Uploaded(*(it.pin_memory().to(self.device, non_blocking=True) for it in (image_BCHW, invalid_HW)))
+        self._streams[0].synchronize()
+        return found
+
+    def run(self, window: Uploaded) -> Tensor:
+        """Probabilities of a window as `predict` gives them, stored_HW on the device: the pass is over."""
         with torch.inference_mode():
-            image_BCHW = self.normalise(image_CHW, valid_HW)
+            image_BCHW = self._normalised(window)
             parts = self._probabilities(image_BCHW)
             self._kept.give_back(image_BCHW)
-            stored_HW = np.full(valid_HW.shape, INVALID_U8, np.uint8)
-            for rows, prob_HW in zip(_some_rows(len(stored_HW)), parts, strict=True):
-                stored = prob_HW.mul_(FULL_U8).round_().nan_to_num_(INVALID_U8).to(torch.uint8)
-                np.copyto(stored_HW[rows], stored.cpu().numpy(), where=valid_HW[rows])
+            stored_HW = torch.empty_like(window.invalid_HW, dtype=torch.uint8)
+            for rows, prob_HW in zip(self._some_rows(len(stored_HW)), parts, strict=True):
+                stored_HW[rows] = prob_HW.mul_(FULL_U8).round_().nan_to_num_(INVALID_U8)
+                stored_HW[rows].masked_fill_(window.invalid_HW[rows], INVALID_U8)
+        if self._streams:
+            torch.cuda.current_stream(self.device).synchronize()
         return stored_HW
+
+    def download(self, stored_HW: Tensor) -> NDArray[np.uint8]:
+        """What `run` gave as an array of this process."""
+        if self._streams:
+            with torch.cuda.stream(self._streams[1]):
+                pinned_HW = torch.empty_like(stored_HW, device="cpu", pin_memory=True)
+                stored_HW = pinned_HW.copy_(stored_HW, non_blocking=True)
+            self._streams[1].synchronize()
+        found_HW: NDArray[np.uint8] = stored_HW.numpy()
+        return found_HW
 
     def predict_image(
         self, image_HWC: NDArray[np.uint8], valid_HW: NDArray[np.bool_] | None = None
@@ -156,17 +196,18 @@ class Predictor:
 
     def normalise(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> Tensor:
         """What the network sees, image_BCHW: (x * scale - mean) / std in float32, the card's fill where invalid."""
+        return self._normalised(self.upload(image_CHW, valid_HW))
+
+    def _normalised(self, window: Uploaded) -> Tensor:
         card = self.card
-        image_BCHW = torch.from_numpy(np.ascontiguousarray(image_CHW))[None].to(self.device)
-        invalid_HW = torch.from_numpy(~valid_HW).to(self.device)
         mean_C11 = torch.tensor(card.mean, device=self.device)[:, None, None]
         std_C11 = torch.tensor(card.std, device=self.device)[:, None, None]
-        bands, height, width = image_CHW.shape
+        _, bands, height, width = window.image_BCHW.shape
         self._kept.forget()
         seen_BCHW = self._kept.take(bands, height, width, torch.empty(0, dtype=self.dtype, device=self.device))
-        for rows in _some_rows(len(invalid_HW)):
-            part_BCHW = image_BCHW[:, :, rows].float().mul_(card.scale).sub_(mean_C11).div_(std_C11)
-            seen_BCHW[:, :, rows] = part_BCHW.masked_fill_(invalid_HW[rows], card.fill)
+        for rows in self._some_rows(height):
+            part_BCHW = window.image_BCHW[:, :, rows].float().mul_(card.scale).sub_(mean_C11).div_(std_C11)
+            seen_BCHW[:, :, rows] = part_BCHW.masked_fill_(window.invalid_HW[rows], card.fill)
         return seen_BCHW
 
     def _probabilities(self, image_BCHW: Tensor, least_px: int | None = None) -> list[Tensor]:
@@ -177,7 +218,7 @@ class Predictor:
             logits_HW = self._logits(turned.flip(3) if flipped else turned, least_px)
             logits_HW = logits_HW.flip(1) if flipped else logits_HW
             logits_HW = torch.rot90(logits_HW, -turns, (0, 1)) if turns else logits_HW
-            some = (logits_HW[rows].float() for rows in _some_rows(len(logits_HW)))
+            some = (logits_HW[rows].float() for rows in self._some_rows(len(logits_HW)))
             parts = [(part_HW / self.card.temperature).sigmoid_() for part_HW in some]
             totals = [total.add_(part) for total, part in zip(totals, parts, strict=True)] if totals else parts
         return [total.div_(len(self.ways)) for total in totals]
@@ -208,6 +249,11 @@ class Predictor:
         least = LEAST_STRIDES * stride + 2 * network.border_px if least_px is None else least_px
         whole = -(-max(length, least) // stride) * stride
         return whole - (stride - network.remainder_px if network.remainder_px else 0)
+
+    def _some_rows(self, height: int) -> list[slice]:
+        """A window's rows, so many at once as are in float32: all of them on a GPU."""
+        step = height if self._streams else ROWS
+        return [slice(first, min(first + step, height)) for first in range(0, height, step)]
 
     def _checked(
         self, image_HWC: NDArray[np.uint8], valid_HW: NDArray[np.bool_] | None
@@ -255,10 +301,6 @@ class Predictor:
         prob_HW = torch.cat(self._probabilities(image_BCHW, least_px=0)).cpu().numpy()
         prob_HW = prob_HW[border : border + height, border : border + width]
         return _resize(prob_HW, valid_HW.shape[::-1], Resampling.BILINEAR)
-
-
-def _some_rows(height: int) -> list[slice]:
-    return [slice(first, min(first + ROWS, height)) for first in range(0, height, ROWS)]
 
 
 def _resize(band_HW: NDArray[Any], size_xy: tuple[int, int], how: Resampling) -> NDArray[Any]:

@@ -13,9 +13,11 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
     "MALLOC_TOP_PAD_": str(2**27),
     "THP_MEM_ALLOC_ENABLE": "1",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
 """Environment of workers: memory of activations is kept instead of being faulted in afresh at every layer, or, where
-glibc gives a thread's large allocations back all the same, faulted in by huge pages (torch's own switch).
+glibc gives a thread's large allocations back all the same, faulted in by huge pages (torch's own switch). On a GPU
+windows of other sizes grow into what those before have left, which else lies there in pieces of the wrong size.
 
 Not MALLOC_ARENA_MAX=1 too: blocks were up to twice as fast, but one fragmented arena took a worker from 8 to 16 GiB.
 """

@@ -19,7 +19,9 @@ from segpipe.tasks.predict import predict_core
 from .plan import Plan, model_file
 
 if TYPE_CHECKING:
-    from segpipe.models.predictor import Predictor
+    from torch import Tensor
+
+    from segpipe.models.predictor import Predictor, Uploaded
 
 WAITS = {"read": "for a block's chunks", "write": "for the last block to be stored", "block": "for a block to predict"}
 """What a device waits for, in words. The last: tiles are still being decoded, or the scheduler has sent nothing."""
@@ -72,7 +74,7 @@ class LoadedNetwork:
 
         def predict(image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
             try:
-                return self._thread.submit(self._pass, image_CHW, valid_HW, begun, seconds).result()
+                return self._predict(image_CHW, valid_HW, begun, seconds)
             except TooLargeError as error:
                 if card.halo_px is None or recipe.halo_px < card.halo_px:
                     raise RunError(str(error)) from None
@@ -88,9 +90,24 @@ class LoadedNetwork:
         """To be told when what a pass gave is stored."""
         self._written = time.perf_counter()
 
-    def _pass(
+    def _predict(
         self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_], begun: float, seconds: dict[str, float]
     ) -> NDArray[np.uint8]:
+        """Probabilities of a window, prob_HW; TooLargeError where the GPU has no memory for it."""
+        if valid_HW.size >= self._too_large_px:
+            raise TooLargeError(valid_HW.size, "no less than one that did not fit")
+        try:
+            window = self.predictor.upload(image_CHW, valid_HW)
+            return self.predictor.download(self._thread.submit(self._pass, window, begun, seconds).result())
+        except RuntimeError as error:
+            # torch's own kind, told apart by its name: where another predictor is at work, torch is not there.
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            told = str(error)
+        # Only now: the error holds all that the pass had on the GPU, where a part is to have room.
+        raise TooLargeError(valid_HW.size, told)
+
+    def _pass(self, window: Uploaded, begun: float, seconds: dict[str, float]) -> Tensor:
         """One pass; its seconds, and those since the one before, are added."""
         start = time.perf_counter()
         if self._free is not None:
@@ -100,21 +117,10 @@ class LoadedNetwork:
             for what, duration in waited.items():
                 seconds[what] += duration
         try:
-            return self._run(image_CHW, valid_HW)
+            return self.predictor.run(window)
         finally:
             self._free = time.perf_counter()
             seconds["network"] += self._free - start
-
-    def _run(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
-        if valid_HW.size >= self._too_large_px:
-            raise TooLargeError(valid_HW.size, "no less than one that did not fit")
-        try:
-            return self.predictor.predict(image_CHW, valid_HW)
-        except RuntimeError as error:
-            # torch's own kind, told apart by its name: where another predictor is at work, torch is not there.
-            if type(error).__name__ != "OutOfMemoryError":
-                raise
-            raise TooLargeError(valid_HW.size, str(error)) from None
 
 
 def load_predictor(plan: Plan) -> Predictor:

@@ -86,6 +86,18 @@ class FakePredictor:
         prob_HW = np.clip(mean_HW * 250 // 765 + (grey_HW > 600) * 60, 0, 250).astype(np.uint8)
         return np.where(valid_HW, prob_HW, np.uint8(255))
 
+    def upload(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> Any:
+        """There is no device."""
+        return image_CHW, valid_HW
+
+    def run(self, window: Any) -> NDArray[np.uint8]:
+        """The whole of predict."""
+        return self.predict(*window)
+
+    def download(self, stored_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """There is no device."""
+        return stored_HW
+
 
 @pytest.fixture
 def fake_network(monkeypatch: pytest.MonkeyPatch) -> type[FakePredictor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -23,15 +24,23 @@ class OutOfMemoryError(RuntimeError):
     """Torch's kind, by its name."""
 
 
+class Activations:
+    """What lies in memory as long as something refers to it."""
+
+
 class SmallGpu(FakePredictor):
-    """Has memory for windows of so many pixels, and remembers what it was asked for."""
+    """Has memory for windows of so many pixels, and remembers what it was asked for and what a pass had in memory."""
 
     def __init__(self, most_px: int) -> None:
         self.most_px = most_px
         self.asked: list[int] = []
+        self.activations: WeakSet[Activations] = WeakSet()
 
     def predict(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        assert not self.activations, "a pass that did not fit has still what it had in memory"
         self.asked.append(valid_HW.size)
+        activations = Activations()
+        self.activations.add(activations)
         if valid_HW.size > self.most_px:
             raise OutOfMemoryError("CUDA out of memory")
         return super().predict(image_CHW, valid_HW)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,23 @@ def predictor_of(path: Path, precision: Precision) -> Predictor:
 
 def scene(height: int, width: int) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (3, height, width), np.uint8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_gives_what_the_processor_gives_also_while_other_windows_come_and_go(lively: Path) -> None:
+    on_gpu = Predictor(load_bundle(lively), resolve_device(), "float32", threads=1)
+    windows = [(scene(640, 512 + 64 * i), np.ones((640, 512 + 64 * i), np.bool_)) for i in range(8)]
+    alone = [on_gpu.predict(*window) for window in windows]
+    with ThreadPoolExecutor(4) as tasks, ThreadPoolExecutor(1) as network:
+
+        def predict(window: tuple[NDArray[np.uint8], NDArray[np.bool_]]) -> NDArray[np.uint8]:
+            return on_gpu.download(network.submit(on_gpu.run, on_gpu.upload(*window)).result())
+
+        beside = list(tasks.map(predict, windows))
+    on_cpu = predictor_of(lively, "float32")
+    for window, one_HW, other_HW in zip(windows, alone, beside, strict=True):
+        assert np.array_equal(one_HW, other_HW)
+        assert np.abs(one_HW.astype(int) - on_cpu.predict(*window)).max() <= 1
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
