@@ -14,10 +14,15 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(2**27),
     "THP_MEM_ALLOC_ENABLE": "1",
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    "GOMP_SPINCOUNT": "10000",
 }
 """Environment of workers: memory of activations is kept instead of being faulted in afresh at every layer, or, where
 glibc gives a thread's large allocations back all the same, faulted in by huge pages (torch's own switch). On a GPU
 windows of other sizes grow into what those before have left, which else lies there in pieces of the wrong size.
+
+The last: a thread of a network that has done its part of a layer waits for the others some microseconds, then sleeps.
+Else it keeps the processor for up to milliseconds from what is read and vectorized beside, on which the others wait:
+beside one busy process on two cores a pass took up to twice as long.
 
 Not MALLOC_ARENA_MAX=1 too: blocks were up to twice as fast, but one fragmented arena took a worker from 8 to 16 GiB.
 """

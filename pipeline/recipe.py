@@ -16,15 +16,17 @@ from .store import Layout
 from .workers import Crew, Workers
 
 USUAL_BLOCK_PX, LARGEST_AUTO_BLOCK_PX = 4096, 8192
-WORTH = 0.97
+WORTH = 0.98
 """Blocks that are larger than the usual ones, which take more memory, are to leave less than this of the work."""
 WAITING = 0.5
 """What a pixel of the first block costs, which is read before any network runs, against one that the network sees."""
 LARGEST_AUTO_HALO_PX = 320
 FILLED = 0.9
 """How much of a worker's memory a predict task may fill: at 95 % the worker is ended."""
-SCRATCH = 1.6
-"""Memory of a pass against its activations: the convolutions' own, and what the allocator keeps (measured)."""
+SCRATCH, GPU_SCRATCH = 1.2, 1.6
+"""Memory of a pass against its activations: the convolutions' own, and what the allocator keeps (measured on CPUs)."""
+LEFT_VALUES = 16
+"""Values a pixel of window that lie between its maps in a process: most for light networks (measured)."""
 WORKER_BASE_BYTES = 900 * 2**20
 """A worker before its first window: libraries, network, GDAL's cache."""
 GPU_BASE_BYTES = 700 * 2**20
@@ -103,7 +105,8 @@ def resolve_recipe(
     try:
         network = blank_network(card).eval()
         run = made_ready(network, device.partition(" ")[0])
-        per_px = peak_bytes_per_px(network, getattr(torch, precision), len(card.bands), run)
+        dtype: torch.dtype = getattr(torch, precision)
+        per_px = peak_bytes_per_px(network, dtype, len(card.bands), run)
     except ValueError as error:
         raise UserError(f"model: {error}") from None
     step = math.lcm(layout.chunk_px, card.stride)
@@ -115,10 +118,11 @@ def resolve_recipe(
         # Image and valid as uint8, the normalised image in float32, the probabilities; the next block's image and
         # valid, which are read meanwhile; the activations.
         window_px = (block_px + 2 * halo_px) ** 2
-        around, activations = window_px * (6 * layout.bands + 10), int(window_px * SCRATCH * per_px)
+        around = window_px * (6 * layout.bands + 10)
         if on_gpu:
-            return WORKER_BASE_BYTES + around, GPU_BASE_BYTES + around + activations
-        return WORKER_BASE_BYTES + around + activations, 0
+            return WORKER_BASE_BYTES + around, GPU_BASE_BYTES + around + int(window_px * GPU_SCRATCH * per_px)
+        left = window_px * LEFT_VALUES * dtype.itemsize
+        return WORKER_BASE_BYTES + around + left + int(window_px * SCRATCH * per_px), 0
 
     def fits(block_px: int) -> bool:
         of_worker, of_gpu = task_bytes(block_px)
