@@ -47,8 +47,8 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         ("nodata", f"{rule}, in patches of at least {plan.nodata_min_m2:g} m2 or along a tile's edge"),
         (
             "grid",
-            f"{grid.width} x {grid.height} px; {chunks} chunks of {plan.chunk_px} px, {blocks} blocks of"
-            f" {plan.block_px} px",
+            f"{grid.width} x {grid.height} px; {_counted(chunks, 'chunk')} of {plan.chunk_px} px,"
+            f" {_counted(blocks, 'block')} of {plan.block_px} px",
         ),
         ("model", f"{plan.model.stem}, {plan.card.architecture}, threshold {plan.vector.threshold_u8}/250"),
         ("halo", f"{recipe.halo_px} px: {100 * (seen_px / core_px - 1):.0f} % more pixels than the tiles have"),
@@ -102,6 +102,10 @@ def _told_of_warping(plan: Plan) -> list[tuple[str, str]]:
         ("warped", f"{count} of {len(plan.tiles)} tiles, from {crs} ({how[resampling]}){others}")
         for (crs, resampling), count in kinds.items()
     ]
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def pixels_seen(plan: Plan) -> tuple[int, int]:
