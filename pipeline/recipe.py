@@ -19,7 +19,8 @@ USUAL_BLOCK_PX, LARGEST_AUTO_BLOCK_PX = 4096, 8192
 WORTH = 0.98
 """Blocks that are larger than the usual ones, which take more memory, are to leave less than this of the work."""
 WAITING = 0.5
-"""What a pixel of the first block costs, which is read before any network runs, against one that the network sees."""
+"""What a pixel of the first block costs, which is read before any network runs, against one that a light network sees
+(measured on two cores with AMX)."""
 LARGEST_AUTO_HALO_PX = 320
 FILLED = 0.9
 """How much of a worker's memory a predict task may fill: at 95 % the worker is ended."""
