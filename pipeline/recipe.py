@@ -140,7 +140,9 @@ def resolve_recipe(
         block_px = stored_block_px
     else:
         # A GPU is done with a block before the next one is read: pixels of halo cost it less than a large first one.
-        largest = USUAL_BLOCK_PX if on_gpu else LARGEST_AUTO_BLOCK_PX
+        # Where results depend on the block, it is not to hang on the outline of the city.
+        exact = card.halo_px is not None and halo_px >= card.halo_px
+        largest = LARGEST_AUTO_BLOCK_PX if exact and not on_gpu else USUAL_BLOCK_PX
         sizes = [size for size in range(step, largest + 1, step) if size == step or fits(size)]
         block_px = choose_block(sizes or [step], extent, halo_px, workers.count)
     of_worker, of_gpu = task_bytes(block_px)

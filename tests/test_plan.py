@@ -239,6 +239,17 @@ def test_blocks_are_chosen_for_few_pixels_of_halo(
     assert choose_block(range(1024, 8193, 1024), Window(*corner, *sides), 320, workers) == chosen
 
 
+def test_where_results_depend_on_the_block_the_outline_of_the_city_does_not_choose_it(make_city: MakeCity) -> None:
+    # Its tile lies across the corner of four blocks of 4096 px.
+    city = make_city(1, 1, tile_px=64, grid={"chunk_px": 1024, "block_px": "auto"})
+    row, col = 4096 * 7 - 32, 4096 * 3 - 32
+    write_tile(city.folder / "tiles" / "tile1.tif", draw_blobs(64, 64), row, col)
+    exact = plan_of(city, "cluster.memory=1000 GiB")
+    assert exact.card.halo_px
+    assert (exact.block_px, exact.recipe.halo_px) == (5120, exact.card.halo_px)
+    assert plan_of(city, "cluster.memory=1000 GiB", "predict.halo=0").block_px == USUAL_BLOCK_PX
+
+
 @given(st.data())
 def test_a_larger_block_than_the_usual_one_shows_the_network_fewer_pixels(data: st.DataObject) -> None:
     extent = Window(*(data.draw(st.integers(low, high)) for low, high in ((-9000, 9000),) * 2 + ((1, 30_000),) * 2))
