@@ -16,7 +16,7 @@ from .store import Layout
 from .workers import Crew, Workers
 
 USUAL_BLOCK_PX, LARGEST_AUTO_BLOCK_PX = 4096, 8192
-WORTH = 0.98
+WORTH = 0.97
 """Blocks that are larger than the usual ones, which take more memory, are to leave less than this of the work."""
 WAITING = 0.5
 """What a pixel of the first block costs, which is read before any network runs, against one that a light network sees
