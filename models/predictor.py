@@ -130,9 +130,9 @@ class Predictor:
         self.forward = made_ready(self.network, device.type)
         self.network.to(device, self.dtype)
         self._kept = Kept()
-        # Copies to and from a GPU have streams of their own, so that they go on beside a pass.
-        on_gpu = device.type == "cuda"
-        self._streams = [torch.cuda.Stream(device) for _ in range(2 * on_gpu)]  # type: ignore[no-untyped-call]
+        # Copies to and from a GPU have a stream each, so that they go on beside a pass. Torch gives Stream no types.
+        count = 2 if device.type == "cuda" else 0
+        self._streams = [torch.cuda.Stream(device) for _ in range(count)]  # type: ignore[no-untyped-call]
         for parameter in self.network.parameters():
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

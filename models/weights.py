@@ -101,6 +101,10 @@ class Card(BaseModel):
             raise ValueError("halo_px and receptive_field_px: expected both or neither")
         return self
 
+    def is_exact(self, halo_px: int) -> bool:
+        """Whether with this halo what is predicted does not depend on how it was cut into blocks."""
+        return self.halo_px is not None and halo_px >= self.halo_px
+
 
 @dataclass(frozen=True)
 class Bundle:

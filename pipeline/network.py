@@ -76,7 +76,7 @@ class LoadedNetwork:
             try:
                 return self._predict(image_CHW, valid_HW, begun, seconds)
             except TooLargeError as error:
-                if card.halo_px is None or recipe.halo_px < card.halo_px:
+                if not card.is_exact(recipe.halo_px):
                     raise RunError(str(error)) from None
                 refused.append(error.pixels)
                 raise

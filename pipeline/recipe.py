@@ -141,8 +141,7 @@ def resolve_recipe(
     else:
         # A GPU is done with a block before the next one is read: pixels of halo cost it less than a large first one.
         # Where results depend on the block, it is not to hang on the outline of the city.
-        exact = card.halo_px is not None and halo_px >= card.halo_px
-        largest = LARGEST_AUTO_BLOCK_PX if exact and not on_gpu else USUAL_BLOCK_PX
+        largest = LARGEST_AUTO_BLOCK_PX if card.is_exact(halo_px) and not on_gpu else USUAL_BLOCK_PX
         sizes = [size for size in range(step, largest + 1, step) if size == step or fits(size)]
         block_px = choose_block(sizes or [step], extent, halo_px, workers.count)
     of_worker, of_gpu = task_bytes(block_px)
@@ -174,14 +173,13 @@ def choose_block(sizes: Sequence[int], extent: Window, halo_px: int, workers: in
         return rows, -(-extent.col_stop // size) - extent.col_off // size
 
     def cost(size: int) -> float:
-        """Pixels that networks see, or could have seen while others still work or none has anything to do yet."""
+        """Pixels that a network sees, or could have seen while others still work or before the first block is read."""
         rows, cols = blocks(size)
         seen_px = (extent.height + 2 * halo_px * rows) * (extent.width + 2 * halo_px * cols)
         turns = -(-rows * cols // workers)
         first_px = min(size, extent.height) * min(size, extent.width)
-        return workers * (seen_px * turns / (rows * cols) + WAITING * first_px)
+        return seen_px * turns / (rows * cols) + WAITING * first_px
 
-    usual = [size for size in sizes if size <= USUAL_BLOCK_PX] or [sizes[0]]
-    busy = [size for size in usual if math.prod(blocks(size)) >= workers] or [sizes[0]]
-    best = min((size for size in sizes if size >= busy[-1]), key=cost)
-    return best if cost(best) < WORTH * cost(busy[-1]) else busy[-1]
+    usual = max((it for it in sizes if it <= USUAL_BLOCK_PX and math.prod(blocks(it)) >= workers), default=sizes[0])
+    best = min((size for size in sizes if size >= usual), key=cost)
+    return best if cost(best) < WORTH * cost(usual) else usual
