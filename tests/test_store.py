@@ -372,13 +372,14 @@ def test_a_lock_that_was_taken_over_is_not_removed_by_its_first_holder(tmp_path:
 def test_of_two_that_see_a_stale_lock_only_one_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dead = {"host": socket.gethostname(), "pid": 2**22 + 1, "started": 0.0, "token": "dead", "counter": 3}
     (tmp_path / "lock.json").write_text(json.dumps(dead))
-    stale, taken, over = module._stale, threading.Event(), threading.Event()
+    stale, seen, taken, over = module._stale, threading.Event(), threading.Event(), threading.Event()
     inside: list[str] = []
     refused: list[str] = []
 
     def slow(lock: Any, holder: dict[str, Any]) -> bool:
         found = stale(lock, holder)
         if threading.current_thread().name == "slow":
+            seen.set()
             taken.wait(10)
         return found
 
@@ -394,8 +395,9 @@ def test_of_two_that_see_a_stale_lock_only_one_takes_over(tmp_path: Path, monkey
 
     monkeypatch.setattr(module, "_stale", slow)
     threads = [threading.Thread(target=run, name=name) for name in ("slow", "quick")]
-    for thread in threads:
-        thread.start()
+    threads[0].start()
+    assert seen.wait(10)
+    threads[1].start()
     threads[0].join()
     over.set()
     threads[1].join()
