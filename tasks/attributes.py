@@ -59,6 +59,12 @@ class Imagery:
     def _valid(self) -> shapely.STRtree:
         return shapely.STRtree(self._inside)
 
+    @cached_property
+    def _all_valid(self) -> shapely.Geometry:
+        whole = shapely.union_all(self._inside)
+        shapely.prepare(whole)
+        return whole
+
     def tiles_under(self, outlines: Geometries) -> list[str]:
         """Names of the tiles that have a pixel in common with each outline, in the order of the list."""
         bounds, sides = shapely.bounds(outlines), shapely.bounds(self._boxes)
@@ -83,11 +89,9 @@ class Imagery:
     def ends_at(self, outlines: Geometries) -> NDArray[np.bool_]:
         """True for raw outlines with a 4-neighbour in no tile, or beyond the bounds of all valid pixels."""
         ends = np.zeros(len(outlines), np.bool_)
-        # Most lie in one tile with all their neighbours: of the others each neighbour is looked at.
-        inside = np.zeros(len(outlines), np.bool_)
+        # Most lie amid the tiles with all their neighbours: of the others each neighbour is looked at.
         around = shapely.box(*(shapely.bounds(outlines) + np.array([-1, -1, 1, 1])).T)
-        inside[self._valid.query(around, predicate="covered_by")[0]] = True
-        others = np.flatnonzero(~inside)
+        others = np.flatnonzero(~shapely.covers(self._all_valid, around))
         _, _, row, col, index = edge_pixels(outlines[others])
         beyond = np.ones(len(row), np.bool_)
         beyond[self._valid.query(shapely.points(col + 0.5, row + 0.5), predicate="intersects")[0]] = False

@@ -19,8 +19,8 @@ from .grid import Lattice
 from .outlines import Geometries, Int64s
 from .vectorize import FORMS, Buildings, to_crs
 
-PAIRS_AT_ONCE = 256
-"""Pairs whose outlines are held in coordinates of the CRS at a time."""
+PAIRS_AT_ONCE = 4096
+"""Pairs whose outlines are held in coordinates of the CRS at a time, each once."""
 
 
 def keep_apart(buildings: Buildings, around: Iterable[Buildings], lattice: Lattice) -> Buildings:
@@ -70,18 +70,27 @@ def _in_the_way(buildings: Buildings, others: Buildings, lattice: Lattice) -> ND
         one, other = shapely.STRtree(theirs).query(own)
         different = key[one] != other_key[other]
         one, other = one[different], other[different]
-        # Judged in coordinates of the CRS, as they are published, and exactly.
-        overlap = _overlap(own[one], theirs[other], lattice)
-        blocked[shaped[one[overlap]]] = True
+        for first in range(0, len(one), PAIRS_AT_ONCE):
+            some = slice(first, first + PAIRS_AT_ONCE)
+            overlap = _overlap(_in_crs(own, one[some], lattice), _in_crs(theirs, other[some], lattice))
+            blocked[shaped[one[some][overlap]]] = True
     return blocked
 
 
-def _overlap(one: Geometries, other: Geometries, lattice: Lattice) -> NDArray[np.bool_]:
-    """Whether the insides of polygons meet, pair by pair."""
-    overlap = np.zeros(len(one), np.bool_)
-    for first in range(0, len(one), PAIRS_AT_ONCE):
-        some = slice(first, first + PAIRS_AT_ONCE)
-        overlap[some] = shapely.relate_pattern(to_crs(one[some], lattice), to_crs(other[some], lattice), "T********")
+def _in_crs(geometry: Geometries, chosen: Int64s, lattice: Lattice) -> Geometries:
+    """Some polygons, many of them chosen several times, as they are published."""
+    once, place = np.unique(chosen, return_inverse=True)
+    moved: Geometries = to_crs(geometry[once], lattice)[place]
+    return moved
+
+
+def _overlap(one: Geometries, other: Geometries) -> NDArray[np.bool_]:
+    """Whether the insides of polygons meet, pair by pair, exactly."""
+    # The larger of a pair is prepared, once for all its pairs: one that winds through a town is in thousands.
+    swapped = shapely.get_num_coordinates(one) < shapely.get_num_coordinates(other)
+    larger, smaller = np.where(swapped, other, one), np.where(swapped, one, other)
+    shapely.prepare(larger)
+    overlap: NDArray[np.bool_] = shapely.relate_pattern(larger, smaller, "T********")
     return overlap
 
 
