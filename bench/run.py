@@ -107,7 +107,7 @@ def predict_and_bare(folder: Path, passes: int) -> tuple[float, float]:
             predictor.forward(seen[0])
 
     def remember(window):
-        seen.append(predictor._normalised(window).clone())
+        seen.append(predictor._normalised(window, predictor._kept).clone())
         return type(predictor).run(predictor, window)
 
     predictor.run = remember

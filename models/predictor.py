@@ -84,13 +84,14 @@ def _has_avx512_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def made_ready(network: Network, device: str) -> nn.Module:
+def made_ready(network: Network, device: str, largest_px: int = 0) -> nn.Module:
     """What runs in place of a network in eval mode, on a `cpu` or on `cuda`: the same function, with the same weights.
 
     BatchNorm is folded, in place; on a CPU each ReLU is done with its convolution, and the finest maps in strips.
+    largest_px: pixels of the largest image that is to come, if that is known.
     """
     fold_batchnorm(network)
-    return in_strips(fuse_convolutions(network)) if device == "cpu" else network
+    return in_strips(fuse_convolutions(network), largest_px) if device == "cpu" else network
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class Predictor:
 
     The network is made ready in place: its BatchNorm folded, its weights moved. forward: the same function as its
     device does it fastest, image_BCHW to logits_BKHW.
-    tta: d4 gives the mean probability over the eight ways to turn and flip the window.
+    tta: d4 gives the mean probability over the eight ways to turn and flip the window. largest_px: pixels of the
+    largest window that is to come, if that is known: windows that grow up to it then take no new memory.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Predictor:
         precision: Precision,
         threads: int,
         tta: Literal["none", "d4"] = "none",
+        largest_px: int = 0,
     ) -> None:
         torch.set_num_threads(threads)
         torch.backends.cudnn.deterministic = True
@@ -127,9 +130,9 @@ class Predictor:
         self.dtype = torch.float32 if precision == "float32" else torch.bfloat16
         self.ways = D4 if tta == "d4" else D4[:1]
         self.network = bundle.network.eval()
-        self.forward = made_ready(self.network, device.type)
+        self.forward = made_ready(self.network, device.type, largest_px)
         self.network.to(device, self.dtype)
-        self._kept = Kept()
+        self._kept = Kept([len(self.card.bands)], largest_px)
         # Copies to and from a GPU have a stream each, so that they go on beside a pass. Torch gives Stream no types.
         count = 2 if device.type == "cuda" else 0
         self._streams = [torch.cuda.Stream(device) for _ in range(count)]  # type: ignore[no-untyped-call]
@@ -160,9 +163,7 @@ class Predictor:
     def run(self, window: Uploaded) -> Tensor:
         """Probabilities of a window as `predict` gives them, stored_HW on the device: the pass is over."""
         with torch.inference_mode():
-            image_BCHW = self._normalised(window)
-            parts = self._probabilities(image_BCHW)
-            self._kept.give_back(image_BCHW)
+            parts = self._probabilities(self._normalised(window, self._kept))
             stored_HW = torch.empty_like(window.invalid_HW, dtype=torch.uint8)
             for rows, prob_HW in zip(self._some_rows(len(stored_HW)), parts, strict=True):
                 stored_HW[rows] = prob_HW.mul_(FULL_U8).round_().nan_to_num_(INVALID_U8)
@@ -196,15 +197,15 @@ class Predictor:
 
     def normalise(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> Tensor:
         """What the network sees, image_BCHW: (x * scale - mean) / std in float32, the card's fill where invalid."""
-        return self._normalised(self.upload(image_CHW, valid_HW))
+        return self._normalised(self.upload(image_CHW, valid_HW), Kept([len(self.card.bands)]))
 
-    def _normalised(self, window: Uploaded) -> Tensor:
+    def _normalised(self, window: Uploaded, kept: Kept) -> Tensor:
         card = self.card
         mean_C11 = torch.tensor(card.mean, device=self.device)[:, None, None]
         std_C11 = torch.tensor(card.std, device=self.device)[:, None, None]
         _, bands, height, width = window.image_BCHW.shape
-        self._kept.forget()
-        seen_BCHW = self._kept.take(bands, height, width, torch.empty(0, dtype=self.dtype, device=self.device))
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        seen_BCHW = kept.take(0, height * width, (bands, height, width), like)
         for rows in self._some_rows(height):
             part_BCHW = window.image_BCHW[:, :, rows].float().mul_(card.scale).sub_(mean_C11).div_(std_C11)
             seen_BCHW[:, :, rows] = part_BCHW.masked_fill_(window.invalid_HW[rows], card.fill)

@@ -12,7 +12,7 @@ import copy
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,16 +51,19 @@ class _Layer:
     fill: float = 0.0
 
 
-def in_strips(network: nn.Module) -> nn.Module:
-    """The same function of an image, in strips; the network itself if it is no graph of layers that are known here."""
+def in_strips(network: nn.Module, largest_px: int = 0) -> nn.Module:
+    """The same function of an image, in strips; the network itself if it is no graph of layers that are known here.
+
+    largest_px: pixels of the largest image that is to come, if that is known.
+    """
     layers = _layers(network) if isinstance(network, torch.fx.GraphModule) else None
-    return network if layers is None else _Strips(network, layers)
+    return network if layers is None else _Strips(network, layers, largest_px)
 
 
 class _Strips(nn.Module):
     """Runs the layers of a graph, in which each follows its inputs. Memory of whole maps is kept for the next image."""
 
-    def __init__(self, graph: nn.Module, layers: list[_Layer]) -> None:
+    def __init__(self, graph: nn.Module, layers: list[_Layer], largest_px: int) -> None:
         super().__init__()
         self.graph, self.layers = graph, layers
         readers = Counter(it for layer in layers for it in layer.inputs)
@@ -77,7 +80,30 @@ class _Strips(nn.Module):
         self.last_use = {
             it: number for number, chain in self.together.items() for part in chain for it in layers[part].inputs
         }
-        self.kept = Kept()
+        self.place_of, values = self._places()
+        self.kept = Kept(values, largest_px)
+
+    def _places(self) -> tuple[dict[int, int], list[float]]:
+        """Where each whole map lies that others are made of, and what each place holds, in values a pixel of the image.
+
+        Maps of which one is no longer needed when the other is made may lie in the same place.
+        """
+        place_of: dict[int, int] = {}
+        values: list[float] = []
+        free: set[int] = set()
+        for number in self.together:
+            if number in self.last_use:
+                need = self.layers[number].channels / self.layers[number].scale ** 2
+                if not free:
+                    free.add(len(values))
+                    values.append(need)
+                # The smallest that is large enough, else the one that has to grow least.
+                place = min(free, key=lambda it: (values[it] < need, abs(values[it] - need)))
+                free.remove(place)
+                values[place] = max(values[place], need)
+                place_of[number] = place
+            free |= {place_of[it] for it in place_of if self.last_use[it] == number}
+        return place_of, values
 
     def _chain(self, number: int, whole: set[int]) -> set[int]:
         inputs = (it for it in self.layers[number].inputs if it not in whole)
@@ -88,12 +114,11 @@ class _Strips(nn.Module):
         if image_BCHW.shape[0] != 1:
             logits_BKHW: Tensor = self.graph(image_BCHW)
             return logits_BKHW
-        self.kept.forget()
         maps = {0: image_BCHW}
         for number in self.together:
             maps[number] = self._whole(number, maps)
             for it in [it for it in maps if it and self.last_use.get(it) == number]:
-                self.kept.give_back(maps.pop(it))
+                del maps[it]
         return maps.popitem()[1]
 
     def _whole(self, number: int, maps: dict[int, Tensor]) -> Tensor:
@@ -105,9 +130,12 @@ class _Strips(nn.Module):
         strips = min(math.ceil(height / rows), height // LEAST_ROWS)
         if strips <= 1:
             return self._rows(number, 0, height, maps)
-        # What the caller is given is not taken from what is kept: it does not come back.
-        kept = self.kept if number in self.last_use else Kept()
-        whole_BCHW = kept.take(layer.channels, height, width, image_BCHW)
+        if number in self.place_of:
+            place, pixels = self.place_of[number], image_BCHW[0, 0].numel()
+            whole_BCHW = self.kept.take(place, pixels, (layer.channels, height, width), image_BCHW)
+        else:
+            # What the caller is given does not come back.
+            whole_BCHW = _channels_last(image_BCHW.new_empty(height * width * layer.channels), height, width)
         for strip in range(strips):
             first, stop = height * strip // strips, height * (strip + 1) // strips
             whole_BCHW[:, :, first:stop] = self._rows(number, first, stop, maps)
@@ -144,44 +172,29 @@ class _Strips(nn.Module):
 
 
 class Kept:
-    """Memory of maps that are no longer needed, for others: a system takes as long to give it anew as a layer does.
+    """Memory of maps, kept for those of the next image: a system takes as long to give it anew as a layer does.
 
-    Of windows of several sizes it is as much as those of the largest take.
+    values: what each place holds, a pixel of the image. largest_px: of an image that is to come, if that is known: all
+    memory is asked for as for that one, of which a system gives what is written to. So images may grow up to it, and
+    nothing is new.
     """
 
-    def __init__(self) -> None:
-        self._free: list[Tensor] = []
-        self._taken: dict[int, Tensor] = {}
+    def __init__(self, values: Sequence[float], largest_px: int = 0) -> None:
+        self._values, self._largest_px = values, largest_px
+        self._places: dict[int, Tensor] = {}
 
-    @property
-    def held_bytes(self) -> int:
-        """Of what was taken and of what may be."""
-        return sum(flat.nbytes for flat in [*self._free, *self._taken.values()])
+    def take(self, place: int, pixels: int, shape_CHW: tuple[int, int, int], like: Tensor) -> Tensor:
+        """A map of one image of so many pixels, channels last, of undefined numbers, in place of the last one there."""
+        size = math.prod(shape_CHW)
+        if place not in self._places or self._places[place].numel() < size:
+            # What is too small goes first.
+            self._places.pop(place, None)
+            self._places[place] = like.new_empty(math.ceil(self._values[place] * max(pixels, self._largest_px)))
+        return _channels_last(self._places[place][:size], *shape_CHW[1:])
 
-    def forget(self) -> None:
-        """What was taken and not given back is not awaited."""
-        self._taken = {}
 
-    def take(self, channels: int, height: int, width: int, like: Tensor) -> Tensor:
-        """A map of one image, channels last, of undefined numbers."""
-        size = channels * height * width
-        self._free.sort(key=Tensor.numel)
-        fitting = [number for number, flat in enumerate(self._free) if flat.numel() >= size]
-        if fitting:
-            flat = self._free.pop(fitting[0])
-        else:
-            if self._free:
-                # One that is too small makes room, else windows that grow would leave all of theirs behind.
-                self._free.pop()
-            flat = torch.empty(size, dtype=like.dtype, device=like.device)
-        map_BCHW = flat[:size].view(1, height, width, channels).permute(0, 3, 1, 2)
-        self._taken[id(map_BCHW)] = flat
-        return map_BCHW
-
-    def give_back(self, map_BCHW: Tensor) -> None:
-        """Nothing happens to what was not taken from here."""
-        if id(map_BCHW) in self._taken:
-            self._free.append(self._taken.pop(id(map_BCHW)))
+def _channels_last(flat: Tensor, height: int, width: int) -> Tensor:
+    return flat.view(1, height, width, -1).permute(0, 3, 1, 2)
 
 
 def _layers(graph: torch.fx.GraphModule) -> list[_Layer] | None:

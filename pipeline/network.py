@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from segpipe.tasks.errors import RunError, TooLargeError, WorkerError
 from segpipe.tasks.grid import Window
-from segpipe.tasks.predict import predict_core
+from segpipe.tasks.predict import predict_core, reach
 
 from .plan import Plan, model_file
 
@@ -140,4 +140,6 @@ def load_predictor(plan: Plan) -> Predictor:
         raise RunError(f"{plan.model_url or model}: changed since the run began; expected the weights of the plan")
     # The plan has checked that the YAML names the card's own module, if it has one.
     bundle = load_bundle(model, allowed_module=plan.card.module)
-    return Predictor(bundle, device, plan.recipe.precision, plan.recipe.threads, plan.recipe.tta)
+    recipe = plan.recipe
+    window = reach(Window.cell(0, 0, plan.block_px), recipe.halo_px, plan.card.stride)
+    return Predictor(bundle, device, recipe.precision, recipe.threads, recipe.tta, window.pixels)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -55,24 +59,50 @@ def test_memory_that_is_kept_of_one_image_changes_nothing_in_the_next(many: None
             assert torch.equal(run(image_BCHW), whole(image_BCHW))
 
 
-def test_memory_that_is_kept_is_as_much_as_the_largest_window_takes() -> None:
-    like, kept = torch.empty(0), strips.Kept()
-    for side in (64, 16, 96, 48, 96, 32, 64):
-        first, second = kept.take(8, side, side, like), kept.take(16, side // 2, side // 2, like)
-        kept.give_back(first)
-        third = kept.take(4, side, side, like)
-        assert third.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        for it in (second, third, torch.empty(3)):
-            kept.give_back(it)
-    assert kept.held_bytes == 96 * 96 * 8 * 4 + 48 * 48 * 16 * 4
+def places_of(run: nn.Module) -> dict[int, tuple[int, int]]:
+    """Address and bytes of what a network in strips has kept."""
+    kept: Any = run.kept
+    return {place: (flat.data_ptr(), flat.nbytes) for place, flat in kept._places.items()}
 
 
-def test_memory_of_a_map_that_does_not_come_back_is_let_go_of() -> None:
-    kept = strips.Kept()
-    for _ in range(3):
-        kept.forget()
-        kept.take(3, 32, 32, torch.empty(0))
-    assert kept.held_bytes == 3 * 32 * 32 * 4
+@pytest.mark.parametrize("name", ["unet11", "unet-mobilenetv2", "unet-densenet121"])
+def test_maps_of_images_that_grow_to_the_largest_lie_in_the_same_memory(many: None, name: str) -> None:
+    network = build_network(name).eval()
+    largest = image_of(network, torch.float32, 5, 17)
+    run = made_ready(copy.deepcopy(network), "cpu", largest[0, 0].numel())
+    untold = made_ready(network, "cpu")
+    found: list[dict[int, tuple[int, int]]] = []
+    with torch.inference_mode():
+        for rows, cols in ((3, 16), (4, 17), (5, 17), (3, 17), (5, 17)):
+            for it in (run, untold):
+                it(image_of(network, torch.float32, rows, cols))
+            found.append(places_of(run))
+    for before, after in pairwise(found):
+        assert before.items() <= after.items()
+    held = {place: size for place, (_, size) in found[-1].items()}
+    assert held == {place: size for place, (_, size) in places_of(untold).items()}
+
+
+def test_an_image_larger_than_was_foretold_has_room() -> None:
+    kept = strips.Kept([8, 16 / 4], 64 * 64)
+    for side in (96, 32, 64):
+        first = kept.take(0, side**2, (8, side, side), torch.empty(0))
+        second = kept.take(1, side**2, (16, side // 2, side // 2), torch.empty(0))
+        assert first.shape == (1, 8, side, side)
+        assert second.shape == (1, 16, side // 2, side // 2)
+        assert all(it.is_contiguous(memory_format=torch.channels_last) for it in (first, second))
+        assert (first.untyped_storage().nbytes(), second.untyped_storage().nbytes()) == (96**2 * 32, 96**2 * 16)
+
+
+def test_maps_that_are_needed_at_once_have_each_a_place(many: None) -> None:
+    for name in IN_STRIPS:
+        run: Any = made_ready(build_network(name).eval(), "cpu")
+        alive: dict[int, int] = {}
+        for number in run.together:
+            if number in run.place_of:
+                assert run.place_of[number] not in alive.values(), name
+                alive[number] = run.place_of[number]
+            alive = {it: place for it, place in alive.items() if run.last_use[it] != number}
 
 
 @pytest.mark.parametrize("upsampling", ["bilinear", "transposed"])
