@@ -68,6 +68,9 @@ def write_cog(
             if look is not None:
                 _give_look(flat, look, resampling, max(window.shape_yx))
             options |= {"BLOCKSIZE": str(TILE_PX), "SPARSE_OK": "YES"}
+            if resampling == "average":
+                # Level 6 takes twice as long, and what is smooth gets 2 % smaller; masks a fifth.
+                options["LEVEL"] = "3"
             options["OVERVIEWS"] = "IGNORE_EXISTING" if look is None else "AUTO"
             options["OVERVIEW_RESAMPLING"] = resampling.upper()
             rasterio.shutil.copy(flat, cog, driver="COG", **options)

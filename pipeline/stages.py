@@ -39,6 +39,7 @@ from .ledger import Ledger
 from .lock import lock_token
 from .network import LoadedNetwork, Passed
 from .plan import Plan, key_of
+from .spare import Spare
 from .storage import Folder
 from .store import Store
 
@@ -67,7 +68,7 @@ class Receipt:
 
 
 class Site:
-    """What a process holds to work on a plan: the store, the ledger and the network."""
+    """What a process holds to work on a plan: the store, the ledger, the network, and memory of windows."""
 
     def __init__(self, plan: Plan) -> None:
         plan.storage.use()
@@ -77,6 +78,7 @@ class Site:
         self._lock = threading.Lock()
         self._store: Store | None = None
         self.network = LoadedNetwork(plan)
+        self.spare = Spare()
 
     @property
     def store(self) -> Store:
@@ -277,11 +279,12 @@ def predict(site: Site, row: int, col: int, key: str) -> Receipt:
     if (known := site.ledger.done("predict", unit, key)) is not None:
         values = {"valid_px": known["valid_px"], "seen_px": 0, "device": {}}
         return Receipt("predict", unit, known["valid_px"], 0, time.perf_counter() - start, values)
-    valid_HW = _merged(site, "read", "valid", outer, 0).astype(np.bool_)
-    if valid_HW[core.within(outer)].any():
-        passed = site.network.predict_core(read_image(site, outer), valid_HW, core, start)
-    else:
-        passed = Passed(np.full(core.shape_yx, INVALID, np.uint8), 0, {})
+    with site.spare.array((plan.layout.bands + 1, *outer.shape_yx)) as seen:
+        valid_HW = _merged(site, "read", "valid", outer, 0, out=seen[-1]).view(np.bool_)
+        if valid_HW[core.within(outer)].any():
+            passed = site.network.predict_core(read_image(site, outer, out=seen[:-1]), valid_HW, core, start)
+        else:
+            passed = Passed(np.full(core.shape_yx, INVALID, np.uint8), 0, {})
     prob_HW = passed.prob_HW
     # Another worker may have done it in the meantime: one that was held for lost.
     earlier = site.ledger.done("predict", unit, key)
@@ -414,17 +417,23 @@ def read_probability(site: Site, window: Window) -> NDArray[np.uint8]:
     return _merged(site, "predict", "probability", window, INVALID)
 
 
-def read_image(site: Site, window: Window) -> NDArray[np.uint8]:
+def read_image(site: Site, window: Window, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
     """image_CHW of any window of the lattice, 0 outside the tiles. RunError for a missing or damaged chunk."""
-    return _merged(site, "read", "image", window, 0)
+    return _merged(site, "read", "image", window, 0, out=out)
 
 
 def _merged(
-    site: Site, stage: str, array: str, window: Window, fill: int, read_chunk: ReadChunk | None = None
+    site: Site,
+    stage: str,
+    array: str,
+    window: Window,
+    fill: int,
+    read_chunk: ReadChunk | None = None,
+    out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """A window of an array, put together from whole chunks, each compared with its checksum in the ledger.
 
-    read_chunk: gives a chunk of an array that a stage has written, with its checksum compared.
+    read_chunk: gives a chunk of an array that a stage has written, with its checksum compared. out: where it is put.
     """
     plan, read_chunk = site.plan, read_chunk or partial(_checked_chunk, site)
     chunks = plan.chunks_in(window) if stage == "read" else plan.predicted_chunks_in(window)
@@ -446,7 +455,7 @@ def _merged(
             # All of them are looked at, and forgotten, before the first is told: one more pass is to heal them all.
             raise damaged[0]
 
-    return merge(window, parts(), [Window.cell(*chunk, plan.chunk_px) for chunk in chunks], fill)
+    return merge(window, parts(), [Window.cell(*chunk, plan.chunk_px) for chunk in chunks], fill, out)
 
 
 def _checked_chunk(site: Site, stage: str, array: str, chunk: Cell) -> NDArray[np.uint8]:

@@ -12,15 +12,20 @@ from .grid import Window
 
 
 def merge(
-    window: Window, parts: Iterable[tuple[Window, NDArray[np.uint8]]], expected: Iterable[Window], fill: int
+    window: Window,
+    parts: Iterable[tuple[Window, NDArray[np.uint8]]],
+    expected: Iterable[Window],
+    fill: int,
+    out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """Put parts, each with its window, into an array that covers window: (..., H, W). Where no part lies, it is fill.
 
-    expected: the windows of all parts that must come, each once. Raises RunError for a missing, doubled or unexpected
-    part, and for one that has another shape than its window.
+    expected: the windows of all parts that must come, each once. out: the array, if it is there already. Raises
+    RunError for a missing, doubled or unexpected part, and for one that has another shape than its window.
     """
-    missing = set(expected)
-    merged: NDArray[np.uint8] | None = None
+    missing, merged = set(expected), out
+    if out is not None:
+        out.fill(fill)
     for part_window, part in parts:
         if part_window not in missing:
             raise RunError(f"chunk at {part_window}: came twice or was not asked for; expected every pixel once")

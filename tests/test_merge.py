@@ -32,6 +32,9 @@ def test_any_cut_in_any_order_gives_the_whole(
     window = frame.pad(3)
     merged = merge(window, iter(parts), [w for w, _ in parts], fill=7)
     assert np.array_equal(merged[(..., *frame.within(window))], whole)
+    out = rng.integers(0, 255, merged.shape, np.uint8)
+    assert merge(window, iter(parts), [w for w, _ in parts], fill=7, out=out) is out
+    assert np.array_equal(out, merged)
     around = np.ones(window.shape_yx, np.bool_)
     around[frame.within(window)] = False
     assert (merged[..., around] == 7).all()
