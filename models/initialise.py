@@ -16,7 +16,7 @@ from torch import nn
 
 from .checkpoints import adopt_checkpoint, fitted_state, read_checkpoint
 from .networks import Network, OwnNetwork, network_name
-from .weights import SUFFIX, BundleError, load_bundle, packaged_bundles
+from .weights import SUFFIX, BundleError, cache_folder, load_bundle, packaged_bundles
 
 TIMEOUT_S = 30.0
 
@@ -122,11 +122,6 @@ def lecun_uniform(network: nn.Module) -> None:
         nn.init.uniform_(layer.weight, -bound, bound)
         if layer.bias is not None:
             nn.init.uniform_(layer.bias, -bound, bound)
-
-
-def cache_folder() -> Path:
-    """Where published files are kept: SEGPIPE_CACHE, else ~/.cache/segpipe."""
-    return Path(os.environ.get("SEGPIPE_CACHE") or Path.home() / ".cache" / "segpipe")
 
 
 def fetch(name: str) -> Path:

@@ -5,6 +5,7 @@ Axes: B batch, C band, K class, H row, W column.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -130,9 +131,12 @@ class Predictor:
         self.dtype = torch.float32 if precision == "float32" else torch.bfloat16
         self.ways = D4 if tta == "d4" else D4[:1]
         self.network = bundle.network.eval()
+        # A GPU gives all that is asked for, and not what is written to.
+        largest_px = largest_px if device.type == "cpu" else 0
         self.forward = made_ready(self.network, device.type, largest_px)
         self.network.to(device, self.dtype)
         self._kept = Kept([len(self.card.bands)], largest_px)
+        self._one_at_a_time = threading.Lock()
         # Copies to and from a GPU have a stream each, so that they go on beside a pass. Torch gives Stream no types.
         count = 2 if device.type == "cuda" else 0
         self._streams = [torch.cuda.Stream(device) for _ in range(count)]  # type: ignore[no-untyped-call]
@@ -162,7 +166,7 @@ class Predictor:
 
     def run(self, window: Uploaded) -> Tensor:
         """Probabilities of a window as `predict` gives them, stored_HW on the device: the pass is over."""
-        with torch.inference_mode():
+        with self._one_at_a_time, torch.inference_mode():
             parts = self._probabilities(self._normalised(window, self._kept))
             stored_HW = torch.empty_like(window.invalid_HW, dtype=torch.uint8)
             for rows, prob_HW in zip(self._some_rows(len(stored_HW)), parts, strict=True):
@@ -191,7 +195,7 @@ class Predictor:
         resized and the probabilities are resized back. Raises ValueError for other bands or another dtype.
         """
         image_CHW, valid_HW = self._checked(image_HWC, valid_HW)
-        with torch.inference_mode():
+        with self._one_at_a_time, torch.inference_mode():
             prob_HW = self._resized(image_CHW, valid_HW) if self.card.resize_px else self._in_cores(image_CHW, valid_HW)
         return np.where(valid_HW, prob_HW, np.float32(np.nan))
 

@@ -84,7 +84,7 @@ class _Strips(nn.Module):
         self.kept = Kept(values, largest_px)
 
     def _places(self) -> tuple[dict[int, int], list[float]]:
-        """Where each whole map lies that others are made of, and what each place holds, in values a pixel of the image.
+        """Where each whole map lies that others are made of, and the numbers of each place, for one pixel of the image.
 
         Maps of which one is no longer needed when the other is made may lie in the same place.
         """
@@ -174,9 +174,9 @@ class _Strips(nn.Module):
 class Kept:
     """Memory of maps, kept for those of the next image: a system takes as long to give it anew as a layer does.
 
-    values: what each place holds, a pixel of the image. largest_px: of an image that is to come, if that is known: all
-    memory is asked for as for that one, of which a system gives what is written to. So images may grow up to it, and
-    nothing is new.
+    values: numbers that each place holds, for one pixel of the image. largest_px: of the largest image that is to come,
+    if that is known: all memory is asked for as for that one, and of memory the system gives what is written to. So
+    images may grow up to it, and nothing is new.
     """
 
     def __init__(self, values: Sequence[float], largest_px: int = 0) -> None:

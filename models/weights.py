@@ -140,6 +140,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def cache_folder() -> Path:
+    """Where what was downloaded is kept: SEGPIPE_CACHE, else ~/.cache/segpipe."""
+    return Path(os.environ.get("SEGPIPE_CACHE") or Path.home() / ".cache" / "segpipe")
+
+
 def packaged_bundles() -> list[Path]:
     """The bundles that are installed with the package, by name."""
     return sorted(Path(__file__).parent.glob(f"*{SUFFIX}"))

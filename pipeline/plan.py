@@ -16,8 +16,15 @@ from typing import Any, Literal
 import numpy as np
 from affine import Affine
 
-from segpipe.models.initialise import cache_folder
-from segpipe.models.weights import BundleError, Card, check_module, file_digest, read_card, resolve_bundle
+from segpipe.models.weights import (
+    BundleError,
+    Card,
+    cache_folder,
+    check_module,
+    file_digest,
+    read_card,
+    resolve_bundle,
+)
 from segpipe.tasks.bucket import BucketFolder, Storage
 from segpipe.tasks.errors import TileError, UserError
 from segpipe.tasks.files import is_remote

@@ -20,7 +20,7 @@ class Spare:
 
     @contextmanager
     def array(self, shape: tuple[int, ...]) -> Iterator[NDArray[np.uint8]]:
-        """An array of undefined numbers, which others have when the block is over."""
+        """An array of undefined numbers. At the end of `with` it goes to whoever asks next."""
         size = math.prod(shape)
         with self._lock:
             flat = self._free.pop() if self._free else np.empty(0, np.uint8)

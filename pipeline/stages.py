@@ -279,10 +279,12 @@ def predict(site: Site, row: int, col: int, key: str) -> Receipt:
     if (known := site.ledger.done("predict", unit, key)) is not None:
         values = {"valid_px": known["valid_px"], "seen_px": 0, "device": {}}
         return Receipt("predict", unit, known["valid_px"], 0, time.perf_counter() - start, values)
-    with site.spare.array((plan.layout.bands + 1, *outer.shape_yx)) as seen:
-        valid_HW = _merged(site, "read", "valid", outer, 0, out=seen[-1]).view(np.bool_)
+    with site.spare.array((plan.layout.bands + 1, *outer.shape_yx)) as planes_PHW:
+        # The last plane is what is valid, 0 or 1, the others are the image.
+        valid_HW = _merged(site, "read", "valid", outer, 0, out=planes_PHW[-1]).view(np.bool_)
         if valid_HW[core.within(outer)].any():
-            passed = site.network.predict_core(read_image(site, outer, out=seen[:-1]), valid_HW, core, start)
+            image_CHW = read_image(site, outer, out=planes_PHW[:-1])
+            passed = site.network.predict_core(image_CHW, valid_HW, core, start)
         else:
             passed = Passed(np.full(core.shape_yx, INVALID, np.uint8), 0, {})
     prob_HW = passed.prob_HW

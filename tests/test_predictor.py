@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from segpipe.models import predictor as predictor_module
+from segpipe.models import strips
 from segpipe.models.networks import Network, build_network, unet
 from segpipe.models.predictor import INVALID_U8, Precision, Predictor, device_recipe, fast_bfloat16, resolve_device
 from segpipe.models.weights import Bundle, Card, Reach, load_bundle, save_bundle
@@ -120,6 +121,20 @@ def test_a_window_smaller_than_the_least_is_as_if_surrounded_by_invalid_pixels(
     expected_HW = predictor.predict(image_CHW, valid_HW)[:height, :width]
     small_HW = predictor.predict(image_CHW[:, :height, :width], valid_HW[:height, :width])
     assert np.array_equal(small_HW, expected_HW)
+
+
+def test_threads_that_share_a_predictor_do_not_share_the_memory_of_a_pass(
+    lively: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Strips of so few rows that maps of a small image are kept.
+    monkeypatch.setattr(strips, "LEAST_ROWS", 9)
+    monkeypatch.setattr(strips, "MOST_ROWS", 13)
+    predictor = predictor_of(lively, "float32")
+    images = [np.roll(scene(300, 300), 40 * number, axis=2).transpose(1, 2, 0) for number in range(8)]
+    expected = [predictor.predict_image(image_HWC) for image_HWC in images]
+    with ThreadPoolExecutor(4) as threads:
+        for found, one in zip(threads.map(predictor.predict_image, images), expected, strict=True):
+            assert np.array_equal(found, one)
 
 
 def lively_valid() -> Bundle:

@@ -113,6 +113,11 @@ def test_loading_leaves_the_random_state_alone(saved: Path) -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_what_a_worker_needs_before_its_first_window_is_imported_without_torch() -> None:
+    code = "import sys, segpipe.pipeline.cluster_worker, segpipe.pipeline.run; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_card_is_read_without_torch(saved: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\n"
