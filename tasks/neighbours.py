@@ -19,7 +19,7 @@ from .grid import Lattice
 from .outlines import Geometries, Int64s
 from .vectorize import FORMS, Buildings, to_crs
 
-PAIRS_AT_ONCE = 4096
+PAIRS_AT_ONCE = 1024
 """Pairs whose outlines are held in coordinates of the CRS at a time, each once."""
 
 
