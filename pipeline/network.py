@@ -140,6 +140,6 @@ def load_predictor(plan: Plan) -> Predictor:
         raise RunError(f"{plan.model_url or model}: changed since the run began; expected the weights of the plan")
     # The plan has checked that the YAML names the card's own module, if it has one.
     bundle = load_bundle(model, allowed_module=plan.card.module)
-    recipe = plan.recipe
-    window = reach(Window.cell(0, 0, plan.block_px), recipe.halo_px, plan.card.stride)
-    return Predictor(bundle, device, recipe.precision, recipe.threads, recipe.tta, window.pixels)
+    recipe, block = plan.recipe, Window.cell(0, 0, plan.block_px)
+    largest_px = reach(block, recipe.halo_px, plan.card.stride).pixels
+    return Predictor(bundle, device, recipe.precision, recipe.threads, recipe.tta, largest_px)

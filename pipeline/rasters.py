@@ -60,17 +60,15 @@ def write_cog(
         raise ValueError(f"window of {window.height} x {window.width} px: a raster has at least one pixel")
     flat, cog = partial_path(path.with_stem(f"{path.stem}.flat")), partial_path(path)
     parts = list(_parts(window, block_px))
-    # Smooth values deflate better as differences; a mask's runs do not.
-    options = {"COMPRESS": "DEFLATE", "PREDICTOR": "YES" if resampling == "average" else "NO", "BIGTIFF": "IF_SAFER"}
+    # Smooth values deflate better as differences; at level 6 they take twice as long to be 2 % smaller, masks a fifth.
+    deflate = {"PREDICTOR": "YES", "LEVEL": "3"} if resampling == "average" else {"PREDICTOR": "NO", "LEVEL": "6"}
+    options = {"COMPRESS": "DEFLATE", **deflate, "BIGTIFF": "IF_SAFER"}
     try:
         with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES, GDAL_NUM_THREADS="ALL_CPUS"):
             checksum = _write_flat(flat, read, window, lattice, parts)
             if look is not None:
                 _give_look(flat, look, resampling, max(window.shape_yx))
             options |= {"BLOCKSIZE": str(TILE_PX), "SPARSE_OK": "YES"}
-            if resampling == "average":
-                # Level 6 takes twice as long, and what is smooth gets 2 % smaller; masks a fifth.
-                options["LEVEL"] = "3"
             options["OVERVIEWS"] = "IGNORE_EXISTING" if look is None else "AUTO"
             options["OVERVIEW_RESAMPLING"] = resampling.upper()
             rasterio.shutil.copy(flat, cog, driver="COG", **options)

@@ -56,11 +56,7 @@ class Imagery:
         return shapely.STRtree(self._boxes)
 
     @cached_property
-    def _valid(self) -> shapely.STRtree:
-        return shapely.STRtree(self._inside)
-
-    @cached_property
-    def _all_valid(self) -> shapely.Geometry:
+    def _valid(self) -> shapely.Geometry:
         whole = shapely.union_all(self._inside)
         shapely.prepare(whole)
         return whole
@@ -91,10 +87,9 @@ class Imagery:
         ends = np.zeros(len(outlines), np.bool_)
         # Most lie amid the tiles with all their neighbours: of the others each neighbour is looked at.
         around = shapely.box(*(shapely.bounds(outlines) + np.array([-1, -1, 1, 1])).T)
-        others = np.flatnonzero(~shapely.covers(self._all_valid, around))
+        others = np.flatnonzero(~shapely.covers(self._valid, around))
         _, _, row, col, index = edge_pixels(outlines[others])
-        beyond = np.ones(len(row), np.bool_)
-        beyond[self._valid.query(shapely.points(col + 0.5, row + 0.5), predicate="intersects")[0]] = False
+        beyond = ~shapely.intersects_xy(self._valid, col + 0.5, row + 0.5)
         ends[others[index[beyond]]] = True
         return ends
 

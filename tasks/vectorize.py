@@ -421,15 +421,11 @@ def _is_valid(geometry: Geometries, lattice: Lattice) -> NDArray[np.bool_]:
 def to_crs(geometry: Geometries, lattice: Lattice) -> Geometries:
     """Polygons in CRS coordinates, from lattice pixels."""
     to_x_y = lattice.transform()
-
-    def forward(col_row: NDArray[np.float64]) -> NDArray[np.float64]:
-        x_y = np.empty_like(col_row)
-        for axis, (origin, step) in enumerate([(to_x_y.c, to_x_y.a), (to_x_y.f, to_x_y.e)]):
-            np.multiply(col_row[:, axis], step, out=x_y[:, axis])
-            x_y[:, axis] += origin
-        return x_y
-
-    moved: Geometries = shapely.transform(geometry, forward)
+    moved: Geometries = shapely.transform(
+        geometry,
+        lambda col, row: (to_x_y.c + to_x_y.a * col, to_x_y.f + to_x_y.e * row),
+        interleaved=False,
+    )
     return moved
 
 
