@@ -6,6 +6,7 @@ Axes: B batch, C band, K class, H row, W column.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from .fold import fold_batchnorm, fuse_convolutions
 from .networks import Network
-from .strips import Kept, in_strips
+from .strips import Kept, Strips, in_strips
 from .weights import Bundle, Card
 
 Precision = Literal["float32", "bfloat16"]
@@ -37,6 +38,8 @@ ROWS = 256
 network, and memory that a thread has not had before costs more than what is done in it."""
 CORE_PX = 1024
 """Images are predicted in cores of this size, rounded up to whole strides."""
+Core = tuple[slice, slice]
+"""The rows and columns of a window that are asked for, each from start to stop; the rest of it is what they see."""
 D4 = tuple((turns, flipped) for flipped in (False, True) for turns in range(4))
 """The eight ways to lay a square onto itself: quarter turns, and whether it is flipped after them."""
 
@@ -97,10 +100,11 @@ def made_ready(network: Network, device: str, largest_px: int = 0) -> nn.Module:
 
 @dataclass(frozen=True)
 class Uploaded:
-    """A window on its device: image_BCHW in uint8, and invalid_HW."""
+    """A window on its device: image_BCHW in uint8, invalid_HW, and its core."""
 
     image_BCHW: Tensor
     invalid_HW: Tensor
+    core: Core
 
 
 class Predictor:
@@ -144,34 +148,38 @@ class Predictor:
             if parameter.ndim == 4:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
-    def predict(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
-        """Probabilities of one window, prob_HW: 0 to 250 for 0 to 1, 255 where the pixel is invalid.
+    def predict(
+        self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_], core: Core | None = None
+    ) -> NDArray[np.uint8]:
+        """Probabilities of a window's core (None: of all), prob_HW: 0 to 250 for 0 to 1, 255 where it is invalid.
 
         The window starts on the stride's lattice. A network whose logits are smaller than the image gives no answer
         in the window's outer stride-aligned border, and 255 there too.
         """
-        return self.download(self.run(self.upload(image_CHW, valid_HW)))
+        return self.download(self.run(self.upload(image_CHW, valid_HW, core)))
 
     # The three steps of predict. While one window is in `run`, others may be in the other two, in other threads.
 
-    def upload(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> Uploaded:
+    def upload(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_], core: Core | None = None) -> Uploaded:
         """The pixels of a window on the device, from pinned memory to a GPU; on a CPU the very same pixels."""
         image_BCHW, invalid_HW = torch.from_numpy(image_CHW)[None], torch.from_numpy(~valid_HW)
+        core = core or _whole(image_BCHW)
         if not self._streams:
-            return Uploaded(image_BCHW, invalid_HW)
+            return Uploaded(image_BCHW, invalid_HW, core)
         with torch.cuda.stream(self._streams[0]):
-            found = Uploaded(*(it.pin_memory().to(self.device, non_blocking=True) for it in (image_BCHW, invalid_HW)))
+            there = [it.pin_memory().to(self.device, non_blocking=True) for it in (image_BCHW, invalid_HW)]
         self._streams[0].synchronize()
-        return found
+        return Uploaded(there[0], there[1], core)
 
     def run(self, window: Uploaded) -> Tensor:
-        """Probabilities of a window as `predict` gives them, stored_HW on the device: the pass is over."""
+        """Probabilities of a window's core as `predict` gives them, stored_HW on the device: the pass is over."""
         with self._one_at_a_time, torch.inference_mode():
-            parts = self._probabilities(self._normalised(window, self._kept))
-            stored_HW = torch.empty_like(window.invalid_HW, dtype=torch.uint8)
+            parts = self._probabilities(self._normalised(window, self._kept), window.core)
+            invalid_HW = window.invalid_HW[window.core]
+            stored_HW = torch.empty_like(invalid_HW, dtype=torch.uint8, memory_format=torch.contiguous_format)
             for rows, prob_HW in zip(self._some_rows(len(stored_HW)), parts, strict=True):
                 stored_HW[rows] = prob_HW.mul_(FULL_U8).round_().nan_to_num_(INVALID_U8)
-                stored_HW[rows].masked_fill_(window.invalid_HW[rows], INVALID_U8)
+                stored_HW[rows].masked_fill_(invalid_HW[rows], INVALID_U8)
         if self._streams:
             torch.cuda.current_stream(self.device).synchronize()
         return stored_HW
@@ -215,34 +223,47 @@ class Predictor:
             seen_BCHW[:, :, rows] = part_BCHW.masked_fill_(window.invalid_HW[rows], card.fill)
         return seen_BCHW
 
-    def _probabilities(self, image_BCHW: Tensor, least_px: int | None = None) -> list[Tensor]:
-        """The mean of all ways in float32, so many rows at a time; NaN where the network gives no answer."""
+    def _probabilities(self, image_BCHW: Tensor, core: Core, least_px: int | None = None) -> list[Tensor]:
+        """The core's mean of all ways in float32, so many rows at a time; NaN where the network gives no answer."""
         totals: list[Tensor] = []
+        rows, cols = core
+        height, width = image_BCHW.shape[2:]
         for turns, flipped in self.ways:
             turned = torch.rot90(image_BCHW, turns, (2, 3)) if turns else image_BCHW
-            logits_HW = self._logits(turned.flip(3) if flipped else turned, least_px)
+            # What lies above, left, below and right of the core: a quarter turn brings the right side up.
+            around = np.roll((rows.start, cols.start, height - rows.stop, width - cols.stop), turns).tolist()
+            if flipped:
+                around[1], around[3] = around[3], around[1]
+            logits_HW = self._logits(turned.flip(3) if flipped else turned, around, least_px)
             logits_HW = logits_HW.flip(1) if flipped else logits_HW
             logits_HW = torch.rot90(logits_HW, -turns, (0, 1)) if turns else logits_HW
-            some = (logits_HW[rows].float() for rows in self._some_rows(len(logits_HW)))
+            some = (logits_HW[part].float() for part in self._some_rows(len(logits_HW)))
             parts = [(part_HW / self.card.temperature).sigmoid_() for part_HW in some]
             totals = [total.add_(part) for total, part in zip(totals, parts, strict=True)] if totals else parts
         return [total.div_(len(self.ways)) for total in totals]
 
-    def _logits(self, image_BCHW: Tensor, least_px: int | None) -> Tensor:
-        """Logits of the first class, logits_HW; NaN within the network's border."""
+    def _logits(self, image_BCHW: Tensor, around: Sequence[int], least_px: int | None) -> Tensor:
+        """Logits of the first class, logits_HW, of what is left without so many pixels above, left, below and right.
+
+        NaN within the network's border.
+        """
         height, width = image_BCHW.shape[2:]
+        rows, cols = slice(around[0], height - around[2]), slice(around[1], width - around[3])
         border = self.network.border_px
         tall, wide = (self._side(length, least_px) for length in (height, width))
         margin = (0, wide - width, 0, tall - height)
         if any(margin):
             # A negative margin cuts off what no answer depends on.
             image_BCHW = torch.nn.functional.pad(image_BCHW, margin, value=self.card.fill)
-        logits_BKHW: Tensor = self.forward(image_BCHW.contiguous(memory_format=torch.channels_last))
-        logits_HW = logits_BKHW[0, 0, : height - border, : width - border]
-        if not border:
-            return logits_HW
-        rest = (border, width - border - logits_HW.shape[1], border, height - border - logits_HW.shape[0])
-        return torch.nn.functional.pad(logits_HW, rest, value=float("nan"))
+        image_BCHW = image_BCHW.contiguous(memory_format=torch.channels_last)
+        if isinstance(self.forward, Strips):
+            core_HW: Tensor = self.forward(image_BCHW, (rows, cols))[0, 0]
+            return core_HW
+        logits_HW: Tensor = self.forward(image_BCHW)[0, 0, : height - border, : width - border]
+        if border:
+            rest = (border, width - border - logits_HW.shape[1], border, height - border - logits_HW.shape[0])
+            logits_HW = torch.nn.functional.pad(logits_HW, rest, value=float("nan"))
+        return logits_HW[rows, cols]
 
     def _side(self, length: int, least_px: int | None) -> int:
         """How long a side of the network's input is for a window's.
@@ -290,9 +311,9 @@ class Predictor:
                 around += [(cols.start - col + halo_px, stop_col + halo_px - cols.stop)]
                 window_CHW = np.pad(image_CHW[:, rows, cols], [(0, 0), *around])
                 inside_HW = np.pad(valid_HW[rows, cols], around)
-                seen_HW = torch.cat(self._probabilities(self.normalise(window_CHW, inside_HW))).cpu().numpy()
-                core_HW = seen_HW[halo_px : halo_px + stop_row - row, halo_px : halo_px + stop_col - col]
-                prob_HW[row:stop_row, col:stop_col] = core_HW
+                core = slice(halo_px, halo_px + stop_row - row), slice(halo_px, halo_px + stop_col - col)
+                parts = self._probabilities(self.normalise(window_CHW, inside_HW), core)
+                prob_HW[row:stop_row, col:stop_col] = torch.cat(parts).cpu().numpy()
         return prob_HW
 
     def _resized(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -303,9 +324,14 @@ class Predictor:
         border = -(-self.network.border_px // self.card.stride) * self.card.stride
         around = [(border, border), (border, border)]
         image_BCHW = self.normalise(np.pad(small_CHW, [(0, 0), *around]), np.pad(small_HW, around))
-        prob_HW = torch.cat(self._probabilities(image_BCHW, least_px=0)).cpu().numpy()
-        prob_HW = prob_HW[border : border + height, border : border + width]
+        core = slice(border, border + height), slice(border, border + width)
+        prob_HW = torch.cat(self._probabilities(image_BCHW, core, least_px=0)).cpu().numpy()
         return _resize(prob_HW, valid_HW.shape[::-1], Resampling.BILINEAR)
+
+
+def _whole(image_BCHW: Tensor) -> Core:
+    height, width = image_BCHW.shape[2:]
+    return slice(0, height), slice(0, width)
 
 
 def _resize(band_HW: NDArray[Any], size_xy: tuple[int, int], how: Resampling) -> NDArray[Any]:

@@ -21,7 +21,7 @@ from .plan import Plan, model_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from segpipe.models.predictor import Predictor, Uploaded
+    from segpipe.models.predictor import Core, Predictor, Uploaded
 
 WAITS = {"read": "for a block's chunks", "write": "for the last block to be stored", "block": "for a block to predict"}
 """What a device waits for, in words. The last: tiles are still being decoded, or the scheduler has sent nothing."""
@@ -72,9 +72,9 @@ class LoadedNetwork:
         seconds = dict.fromkeys(("network", *WAITS), 0.0)
         refused: list[int] = []
 
-        def predict(image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        def predict(image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_], asked: Core) -> NDArray[np.uint8]:
             try:
-                return self._predict(image_CHW, valid_HW, begun, seconds)
+                return self._predict(image_CHW, valid_HW, asked, begun, seconds)
             except TooLargeError as error:
                 if not card.is_exact(recipe.halo_px):
                     raise RunError(str(error)) from None
@@ -91,13 +91,18 @@ class LoadedNetwork:
         self._written = time.perf_counter()
 
     def _predict(
-        self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_], begun: float, seconds: dict[str, float]
+        self,
+        image_CHW: NDArray[np.uint8],
+        valid_HW: NDArray[np.bool_],
+        asked: Core,
+        begun: float,
+        seconds: dict[str, float],
     ) -> NDArray[np.uint8]:
-        """Probabilities of a window, prob_HW; TooLargeError where the GPU has no memory for it."""
+        """Probabilities of a part of a window, prob_HW; TooLargeError where the GPU has no memory for it."""
         if valid_HW.size >= self._too_large_px:
             raise TooLargeError(valid_HW.size, "no less than one that did not fit")
         try:
-            window = self.predictor.upload(image_CHW, valid_HW)
+            window = self.predictor.upload(image_CHW, valid_HW, asked)
             return self.predictor.download(self._thread.submit(self._pass, window, begun, seconds).result())
         except RuntimeError as error:
             # torch's own kind, told apart by its name: where another predictor is at work, torch is not there.

@@ -15,13 +15,7 @@ from .config import CityConfig
 from .store import Layout
 from .workers import Crew, Workers
 
-USUAL_BLOCK_PX, LARGEST_AUTO_BLOCK_PX = 4096, 8192
-WORTH = 0.95
-"""Blocks that are larger than the usual ones, which take more memory, are to leave less than this of the work: at 0.93
-a run of a light network took 3 % less time, at 0.97 one of `unet11` none, whose new memory took what was saved."""
-WAITING = 0.5
-"""What a pixel of the first block costs, which is read before any network runs, against one that a light network sees
-(measured on two cores with AMX)."""
+LARGEST_AUTO_BLOCK_PX = 4096
 LARGEST_AUTO_HALO_PX = 320
 FILLED = 0.9
 """How much of a worker's memory a predict task may fill: at 95 % the worker is ended."""
@@ -140,11 +134,8 @@ def resolve_recipe(
     elif stored_block_px is not None and stored_block_px % step == 0:
         block_px = stored_block_px
     else:
-        # A GPU is done with a block before the next one is read: pixels of halo cost it less than a large first one.
-        # Where results depend on the block, it is not to hang on the outline of the city.
-        largest = LARGEST_AUTO_BLOCK_PX if card.is_exact(halo_px) and not on_gpu else USUAL_BLOCK_PX
-        sizes = [size for size in range(step, largest + 1, step) if size == step or fits(size)]
-        block_px = choose_block(sizes or [step], extent, halo_px, workers.count)
+        sizes = [size for size in range(step, LARGEST_AUTO_BLOCK_PX + 1, step) if size == step or fits(size)]
+        block_px = choose_block(sizes or [step], extent, workers.count)
     of_worker, of_gpu = task_bytes(block_px)
     window = f"a block of {block_px} px with a halo of {halo_px} px"
     if of_worker > FILLED * workers.memory_bytes:
@@ -162,25 +153,11 @@ def resolve_recipe(
     return recipe, of_worker
 
 
-def choose_block(sizes: Sequence[int], extent: Window, halo_px: int, workers: int) -> int:
-    """Side of the blocks, one of sizes (px, ascending): the usual one, or a larger one where networks see fewer pixels.
+def choose_block(sizes: Sequence[int], extent: Window, workers: int) -> int:
+    """Side of the blocks: the largest of sizes (px, ascending) that gives every worker a block, else the smallest."""
 
-    The usual one is the largest up to USUAL_BLOCK_PX that gives every worker a block. How many pixels of halo others
-    spare depends on where the extent lies on the lattice: a sliver of a block has as much halo as a whole one.
-    """
-
-    def blocks(size: int) -> tuple[int, int]:
+    def blocks(size: int) -> int:
         rows = -(-extent.row_stop // size) - extent.row_off // size
-        return rows, -(-extent.col_stop // size) - extent.col_off // size
+        return rows * (-(-extent.col_stop // size) - extent.col_off // size)
 
-    def cost(size: int) -> float:
-        """Pixels that a network sees, or could have seen while others still work or before the first block is read."""
-        rows, cols = blocks(size)
-        seen_px = (extent.height + 2 * halo_px * rows) * (extent.width + 2 * halo_px * cols)
-        turns = -(-rows * cols // workers)
-        first_px = min(size, extent.height) * min(size, extent.width)
-        return seen_px * turns / (rows * cols) + WAITING * first_px
-
-    usual = max((it for it in sizes if it <= USUAL_BLOCK_PX and math.prod(blocks(it)) >= workers), default=sizes[0])
-    best = min((size for size in sizes if size >= usual), key=cost)
-    return best if cost(best) < WORTH * cost(usual) else usual
+    return max((size for size in sizes if blocks(size) >= workers), default=sizes[0])

@@ -19,8 +19,8 @@ INVALID = 255
 LEAST_CORE_PX = 512
 """A core of this side is not cut in halves: halos, and the least that a network is given, would be most of them."""
 
-Predict = Callable[[NDArray[np.uint8], NDArray[np.bool_]], NDArray[np.uint8]]
-"""image_CHW and valid_HW of a window to prob_HW."""
+Predict = Callable[[NDArray[np.uint8], NDArray[np.bool_], tuple[slice, slice]], NDArray[np.uint8]]
+"""image_CHW and valid_HW of a window, and which rows and columns of it are asked for, to prob_HW of these."""
 
 
 def reach(core: Window, halo_px: int, stride: int) -> Window:
@@ -59,8 +59,9 @@ def predict_core(
     if window is None:
         return prob_HW, 0
     rows, cols = window.within(outer)
+    asked = core.intersect(window)
     try:
-        seen_HW = predict(image_CHW[:, rows, cols], valid_HW[rows, cols])
+        prob_HW[asked.within(core)] = predict(image_CHW[:, rows, cols], valid_HW[rows, cols], asked.within(window))
     except TooLargeError:
         halves, seen_px = core.halves(stride), 0
         if halves is None or max(core.shape_yx) <= LEAST_CORE_PX:
@@ -71,6 +72,4 @@ def predict_core(
             prob_HW[half.within(core)] = part_HW
             seen_px += part_px
         return prob_HW, seen_px
-    shared = core.intersect(window)
-    prob_HW[shared.within(core)] = seen_HW[shared.within(window)]
     return prob_HW, window.pixels

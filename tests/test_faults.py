@@ -28,8 +28,8 @@ OTHER = "predict.precision=bfloat16"
 
 
 class Halved(FakePredictor):
-    def predict(self, image_CHW: np.ndarray, valid_HW: np.ndarray) -> np.ndarray:
-        prob_HW = super().predict(image_CHW, valid_HW)
+    def predict(self, *window: Any) -> np.ndarray:
+        prob_HW = super().predict(*window)
         return np.where(prob_HW < 251, prob_HW // 2, prob_HW)
 
 

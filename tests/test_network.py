@@ -36,14 +36,14 @@ class SmallGpu(FakePredictor):
         self.asked: list[int] = []
         self.activations: WeakSet[Activations] = WeakSet()
 
-    def predict(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    def predict(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_], core: Any = ...) -> NDArray[np.uint8]:
         assert not self.activations, "a pass that did not fit has still what it had in memory"
         self.asked.append(valid_HW.size)
         activations = Activations()
         self.activations.add(activations)
         if valid_HW.size > self.most_px:
             raise OutOfMemoryError("CUDA out of memory")
-        return super().predict(image_CHW, valid_HW)
+        return super().predict(image_CHW, valid_HW, core)
 
 
 @pytest.fixture
@@ -112,10 +112,10 @@ def test_the_time_of_a_device_is_its_passes_and_what_it_waits_for(
     monkeypatch.setattr(network.time, "perf_counter", lambda: now)
 
     class Slow(FakePredictor):
-        def predict(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        def predict(self, *window: Any) -> NDArray[np.uint8]:
             nonlocal now
             now += 5
-            return super().predict(image_CHW, valid_HW)
+            return super().predict(*window)
 
     monkeypatch.setattr(network, "load_predictor", lambda plan: Slow())
     plan = planned(big_blocks)

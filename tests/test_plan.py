@@ -22,7 +22,7 @@ from segpipe.pipeline.config import LocalConfig, load_city
 from segpipe.pipeline.describe import describe
 from segpipe.pipeline.place import place_tiles
 from segpipe.pipeline.plan import Plan, disk_bytes, make_plan
-from segpipe.pipeline.recipe import USUAL_BLOCK_PX, WAITING, WORTH, choose_block
+from segpipe.pipeline.recipe import LARGEST_AUTO_BLOCK_PX, choose_block
 from segpipe.pipeline.workers import Crew, resolve_workers
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.grid import Window
@@ -196,7 +196,7 @@ def test_block_px_auto_follows_the_configured_memory(make_city: MakeCity) -> Non
     sides = [plan_of(city, f"cluster.memory={memory} GiB").block_px for memory in (3, 8, 16, 1000)]
     assert sides == sorted(sides)
     assert sides[0] < sides[2]
-    assert sides[-1] == USUAL_BLOCK_PX
+    assert sides[-1] == LARGEST_AUTO_BLOCK_PX
     for memory, side in zip((3, 8, 16), sides, strict=False):
         assert plan_of(city, f"cluster.memory={memory} GiB").task_bytes <= memory * 2**30 / 2 or side == 512
     assert plan_of(city, "cluster.memory=1000 GiB", block_px=1024).block_px == 1024, "what was settled stays"
@@ -211,9 +211,9 @@ def test_on_a_gpu_the_block_follows_its_memory_and_the_workers_is_for_the_rest(m
 
     sides = [on_gpu(gib).block_px for gib in (2, 8, 24, 80)]
     assert sides == sorted(sides)
-    assert sides[0] < sides[-1] == USUAL_BLOCK_PX
-    assert on_gpu(80, memory_gib=4).block_px == USUAL_BLOCK_PX
-    assert on_gpu(0).block_px == USUAL_BLOCK_PX, "where nobody has looked, a trial tells"
+    assert sides[0] < sides[-1] == LARGEST_AUTO_BLOCK_PX
+    assert on_gpu(80, memory_gib=4).block_px == LARGEST_AUTO_BLOCK_PX
+    assert on_gpu(0).block_px == LARGEST_AUTO_BLOCK_PX, "where nobody has looked, a trial tells"
     with pytest.raises(UserError, match=r"block of 4096 px .* GiB of a GPU; expected 90% of its 2\.0 GiB"):
         on_gpu(2, 64, "grid.block_px=4096")
 
@@ -221,49 +221,19 @@ def test_on_a_gpu_the_block_follows_its_memory_and_the_workers_is_for_the_rest(m
 @pytest.mark.parametrize(
     ("sides", "corner", "workers", "chosen"),
     [
-        # Four blocks of 4096 px, three of them slivers; two of 5120 px, none of them one.
-        ((3878, 5014), (444 + 17 * 5120, 397 + 5120), 1, 5120),
-        ((4096, 4096), (4096, 8192), 1, 4096),
-        ((40_000, 40_000), (0, 0), 1, 8192),
-        ((9000, 9000), (0, 0), 1, 5120),
-        # Each of four has a block, and each of nine.
-        ((8192, 8192), (0, 0), 4, 4096),
-        ((8192, 8192), (0, 0), 9, 3072),
+        ((40_000, 40_000), (0, 0), 1, 4096),
         ((64, 64), (0, 0), 1, 4096),
+        # Each of four has a block, and each of five, of which four lie across the same corner.
+        ((8192, 8192), (0, 0), 4, 4096),
+        ((64, 64), (4096 * 7 - 32, 4096 * 3 - 32), 4, 4096),
+        ((8192, 8192), (0, 0), 5, 3072),
         ((64, 64), (0, 0), 2, 1024),
     ],
 )
-def test_blocks_are_chosen_for_few_pixels_of_halo(
+def test_blocks_are_as_large_as_leaves_one_for_every_worker(
     sides: tuple[int, int], corner: tuple[int, int], workers: int, chosen: int
 ) -> None:
-    assert choose_block(range(1024, 8193, 1024), Window(*corner, *sides), 320, workers) == chosen
-
-
-def test_where_results_depend_on_the_block_the_outline_of_the_city_does_not_choose_it(make_city: MakeCity) -> None:
-    # Its tile lies across the corner of four blocks of 4096 px.
-    city = make_city(1, 1, tile_px=64, grid={"chunk_px": 1024, "block_px": "auto"})
-    row, col = 4096 * 7 - 32, 4096 * 3 - 32
-    write_tile(city.folder / "tiles" / "tile1.tif", draw_blobs(64, 64), row, col)
-    exact = plan_of(city, "cluster.memory=1000 GiB")
-    assert exact.card.halo_px
-    assert (exact.block_px, exact.recipe.halo_px) == (5120, exact.card.halo_px)
-    assert plan_of(city, "cluster.memory=1000 GiB", "predict.halo=0").block_px == USUAL_BLOCK_PX
-
-
-@given(st.data())
-def test_a_larger_block_than_the_usual_one_shows_the_network_fewer_pixels(data: st.DataObject) -> None:
-    extent = Window(*(data.draw(st.integers(low, high)) for low, high in ((-9000, 9000),) * 2 + ((1, 30_000),) * 2))
-    halo_px = data.draw(st.integers(0, 640))
-    chosen = choose_block(range(1024, 8193, 1024), extent, halo_px, 1)
-
-    def seen_px(size: int) -> int:
-        cores = (Window.cell(*cell, size).intersect(extent) for cell in extent.cells(size))
-        return sum(core.pad(halo_px).pixels for core in cores)
-
-    assert chosen >= USUAL_BLOCK_PX
-    if chosen > USUAL_BLOCK_PX:
-        first_px, usual_px = (min(size, extent.height) * min(size, extent.width) for size in (chosen, USUAL_BLOCK_PX))
-        assert seen_px(chosen) + WAITING * first_px < WORTH * (seen_px(USUAL_BLOCK_PX) + WAITING * usual_px)
+    assert choose_block(range(1024, 4097, 1024), Window(*corner, *sides), workers) == chosen
 
 
 def test_what_the_machine_has_free_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

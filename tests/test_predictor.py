@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -192,6 +193,18 @@ def test_the_unpadded_network_gives_no_answer_within_its_border(monkeypatch: pyt
     assert (prob_HW[96:-96, 96:-96] <= 250).all()
     assert (prob_HW[:92] == INVALID_U8).all()
     assert (prob_HW[:, -92:] == INVALID_U8).all()
+
+
+@pytest.mark.parametrize("tta", ["none", "d4"])
+def test_a_core_that_is_asked_for_is_that_part_of_the_window(lively: Path, tta: Literal["none", "d4"]) -> None:
+    bundle = load_bundle(lively)
+    predictor = Predictor(bundle, torch.device("cpu"), "float32", threads=1, tta=tta)
+    image_CHW = scene(560, 600)
+    valid_HW = np.random.default_rng(1).random((560, 600)) < 0.9
+    whole_HW = predictor.predict(image_CHW, valid_HW)
+    assert np.ptp(whole_HW[valid_HW]) > 2
+    for core in ((slice(32, 540), slice(80, 600)), (slice(0, 9), slice(590, 593))):
+        assert np.array_equal(predictor.predict(image_CHW, valid_HW, core), whole_HW[core]), core
 
 
 class Corner(Network):

@@ -710,10 +710,10 @@ def test_a_block_that_a_worker_held_for_lost_had_finished_is_counted(
     class Overtaken(FakePredictor):
         """While it is at work the one that was held for lost ends."""
 
-        def predict(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        def predict(self, *window: Any) -> NDArray[np.uint8]:
             if others:
                 stages.predict(others.pop(), row, col, entry["key"])
-            return super().predict(image_CHW, valid_HW)
+            return super().predict(*window)
 
     with monkeypatch.context() as patch:
         patch.setattr(network, "load_predictor", lambda plan: Overtaken())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from segpipe.models import strips
 from segpipe.models.field import peak_bytes_per_px
@@ -22,9 +23,10 @@ IN_STRIPS = [name for name in NETWORKS if name not in ("unet-valid", "unet16", "
 
 @pytest.fixture
 def many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strips of so few rows that small images have many."""
+    """Strips of so few rows, and pieces of so few columns, that small images have many."""
     monkeypatch.setattr(strips, "LEAST_ROWS", 9)
     monkeypatch.setattr(strips, "MOST_ROWS", 13)
+    monkeypatch.setattr(strips, "PIECE_COLS", 100)
 
 
 def image_of(network: Network, dtype: torch.dtype, rows: int, cols: int) -> Tensor:
@@ -33,19 +35,49 @@ def image_of(network: Network, dtype: torch.dtype, rows: int, cols: int) -> Tens
     return image_BCHW.contiguous(memory_format=torch.channels_last)
 
 
+CORES = [((1.5, 2.75), (1, 16.5)), ((0, 1), (16.25, 18)), ((0.5, 1.25), (9.03, 9.5))]
+"""Of an image of 3 x 18 strides: inside, in a corner, and a few pixels."""
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, torch.float32) for name in IN_STRIPS), ("unet11", torch.bfloat16), ("unet-mobilenetv2", torch.bfloat16)],
 )
-def test_every_network_gives_the_same_bits_in_strips(many: None, name: str, dtype: torch.dtype) -> None:
+def test_every_network_gives_the_same_bits_in_strips_and_where_a_core_is_asked_for(
+    many: None, name: str, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     network = build_network(name).to(dtype).eval()
     run = made_ready(network, "cpu")
     whole = fuse_convolutions(network)
     assert type(run) is not type(whole)
-    image_BCHW = image_of(network, dtype, 3, 16)
+    image_BCHW = image_of(network, dtype, 3, 18)
     with torch.inference_mode():
-        assert torch.equal(run(image_BCHW), whole(image_BCHW))
+        whole_BKHW = whole(image_BCHW)
+        assert torch.equal(run(image_BCHW), whole_BKHW)
+        for core in CORES:
+            rows, cols = (slice(*(int(end * network.stride) for end in side)) for side in core)
+            assert torch.equal(run(image_BCHW, (rows, cols)), whole_BKHW[:, :, rows, cols]), core
+
+
+@pytest.mark.parametrize(("name", "share"), [("unet11", 0.8), ("unet-mobilenetv2", 0.75)])
+def test_little_of_a_halo_is_computed_beyond_what_the_core_sees(name: str, share: float) -> None:
+    with torch.device("meta"):
+        network = build_network(name).eval()
+    run = made_ready(network, "cpu")
+    image_BCHW = torch.empty(1, 3, 2560, 2560, device="meta").contiguous(memory_format=torch.channels_last)
+    core = slice(320, 2240)
+
+    def flops(x: Any, kernel: torch.Size, *settings: Any, out_shape: torch.Size, **named: Any) -> int:
+        return 2 * out_shape.numel() * kernel[1:].numel()
+
+    found = []
+    for asked in (None, (core, core)):
+        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._convolution_pointwise: flops})
+        with torch.inference_mode(), counter:
+            run(image_BCHW, asked)
+        found.append(counter.get_total_flops())
+    assert 0 < found[1] < share * found[0]
 
 
 def test_memory_that_is_kept_of_one_image_changes_nothing_in_the_next(many: None) -> None:
@@ -98,7 +130,7 @@ def test_maps_that_are_needed_at_once_have_each_a_place(many: None) -> None:
     for name in IN_STRIPS:
         run: Any = made_ready(build_network(name).eval(), "cpu")
         alive: dict[int, int] = {}
-        for number in run.together:
+        for number in run.chains:
             if number in run.place_of:
                 assert run.place_of[number] not in alive.values(), name
                 alive[number] = run.place_of[number]
@@ -150,6 +182,7 @@ class Strange(Network):
     [
         nn.Conv2d(4, 1, 3),
         nn.Conv2d(4, 1, 3, padding="same"),
+        nn.Conv2d(4, 1, (3, 5), padding=(1, 2)),
         nn.Conv2d(4, 1, 3, padding=1, padding_mode="reflect"),
         nn.ConvTranspose2d(4, 1, 3, stride=1, padding=1),
         nn.AdaptiveAvgPool2d(2),
