@@ -27,9 +27,11 @@ from .networks.upsample import Bilinear, Transposed2, Transposed3, Transposed4
 
 LEAST_ROWS, MOST_ROWS = 32, 128
 """Of a strip. Of maps two rows high oneDNN's convolutions add up in another order than of higher ones (float32)."""
-PIECE_COLS = 1024
-"""Of a strip's finest map: wider ones are made in pieces, so that less memory goes by from one layer to the next. On
-windows of 4416 px `unet11` took 5 % less time than without, `unet-mobilenetv2` 11 % (AMX)."""
+PIECE_COLS, ODD_PIECE_COLS = 240, 1024
+"""Of a strip's map that is most work: in bfloat16, where there is AMX, wider ones are made in pieces. oneDNN convolves
+rows of less than 256 columns faster than others where channels are whole 64s (128 to 128: 3.2 TFLOP/s, 2.1 on 1056
+columns), and slower where they are not (48 to 48: 1.4, 1.7); and less memory goes by from one layer to the next.
+Windows of 4416 px took `unet11` 11 % less time than without, `unet-mobilenetv2` 10 %; in float32 2 to 4 % more."""
 STRIP_BYTES = 48 * 2**20
 """The largest map of a strip. Blocks of 64 MiB and more glibc takes from no thread's heap, but maps and clears anew."""
 COLS = 16
@@ -70,15 +72,15 @@ class _Chain:
     """Layers that are made together, piece by piece, so that the last one's map is whole in the end.
 
     reads: the image and the whole maps that they are made of. reach_px: how far from its sides a piece is wrong, since
-    it lacks what lies beyond. own: the last layer's scale. finest: that of these layers. coarsest: of `reads` too.
+    it lacks what lies beyond. own: the last layer's scale. coarsest: of all layers here. piece_px: a piece's columns.
     """
 
     layers: frozenset[int]
     reads: frozenset[int]
     reach_px: int
     own: int
-    finest: int
     coarsest: int
+    piece_px: int
 
     def made(self, first: int, stop: int, width: int) -> tuple[int, int]:
         """Columns of an image that is so wide to make a piece of, if columns first to stop of it are to be right."""
@@ -88,10 +90,11 @@ class _Chain:
         return (first, stop) if stop <= width else (max(min(first, width - least), 0), width)
 
     def pieces(self, first: int, stop: int) -> list[tuple[int, int]]:
-        """Columns first to stop of the image in pieces."""
-        count = math.ceil((stop - first) / (PIECE_COLS * self.finest))
+        """Columns first to stop of the image in pieces, which leave room for what each is wrong in at its sides."""
+        room = self.piece_px - 2 * self.reach_px - self.coarsest
+        count = math.ceil((stop - first) / max(room, self.coarsest))
         ends = [first + (stop - first) * piece // count // self.coarsest * self.coarsest for piece in range(count)]
-        return [*pairwise([*ends, stop])]
+        return [*pairwise(sorted({*ends, stop}))]
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,11 @@ def in_strips(network: nn.Module, largest_px: int = 0) -> nn.Module:
     """
     layers = _layers(network) if isinstance(network, torch.fx.GraphModule) else None
     return network if layers is None else Strips(network, layers, largest_px)
+
+
+def has_fast_pieces(dtype: torch.dtype) -> bool:
+    """Whether convolutions are faster on narrow maps than on wide ones here, for all that is made twice."""
+    return dtype == torch.bfloat16 and bool(torch.cpu._is_amx_tile_supported())
 
 
 class Strips(nn.Module):
@@ -168,9 +176,17 @@ class Strips(nn.Module):
             layer = self.layers[it]
             scale, before_px = self.layers[layer.inputs[0]].scale, max(reach_px[source] for source in layer.inputs)
             reach_px[it] = (math.ceil(before_px / scale) + max(layer.above, layer.below)) * scale
-        finest = min(self.layers[it].scale for it in made)
+
+        def work(it: int) -> float:
+            layer = self.layers[it]
+            return layer.channels * sum(self.layers[source].channels for source in layer.inputs) / layer.scale**2
+
+        most = self.layers[max(made, key=work)]
+        piece_px = (ODD_PIECE_COLS if most.channels % 64 else PIECE_COLS) * most.scale
         coarsest = max(self.layers[it].scale for it in made | reads)
-        return _Chain(frozenset(made), frozenset(reads), reach_px[number], self.layers[number].scale, finest, coarsest)
+        return _Chain(
+            frozenset(made), frozenset(reads), reach_px[number], self.layers[number].scale, coarsest, piece_px
+        )
 
     def forward(self, image_BCHW: Tensor, core: tuple[slice, slice] | None = None) -> Tensor:
         """Logits_BKHW; H and W multiples of the network's stride. One thread at a time.
@@ -184,10 +200,10 @@ class Strips(nn.Module):
             return logits_BKHW[:, :, rows, cols]
         first = max(min(rows.start, height - LEAST_ROWS), 0)
         rows_of = self._rows_of(height, first, min(max(rows.stop, first + LEAST_ROWS), height))
-        cols_of = self._cols_of(width, cols)
+        pieces_of = self._pieces_of(width, cols, has_fast_pieces(image_BCHW.dtype))
         maps = {0: _Map(image_BCHW)}
         for number in self.chains:
-            maps[number] = self._whole(number, rows_of[number], cols_of[number], maps)
+            maps[number] = self._whole(number, rows_of[number], pieces_of[number], maps)
             for it in [it for it in maps if it and self.last_use.get(it) == number]:
                 del maps[it]
         return maps.popitem()[1].map_BCHW[:, :, rows.start - first : rows.stop - first]
@@ -203,22 +219,25 @@ class Strips(nn.Module):
                 found[it] = _union(found.get(it, seen), seen)
         return found
 
-    def _cols_of(self, width: int, cols: slice) -> dict[int, tuple[int, int]]:
-        """Of every whole map the columns that these of the last one are made of, in pixels of the image."""
+    def _pieces_of(self, width: int, cols: slice, cut: bool) -> dict[int, list[tuple[int, int]]]:
+        """Of every whole map the columns that these of the last one are made of, in pixels of the image, in pieces."""
         found = {self.last: (cols.start, cols.stop)}
+        pieces: dict[int, list[tuple[int, int]]] = {}
         for number, chain in reversed(self.chains.items()):
-            for piece in chain.pieces(*found[number]):
+            pieces[number] = chain.pieces(*found[number]) if cut else [found[number]]
+            for piece in pieces[number]:
                 made = chain.made(*piece, width)
                 for it in chain.reads:
                     found[it] = _union(found.get(it, made), made)
-        return found
+        return pieces
 
-    def _whole(self, number: int, rows: tuple[int, int], cols_px: tuple[int, int], maps: dict[int, _Map]) -> _Map:
+    def _whole(self, number: int, rows: tuple[int, int], pieces: list[tuple[int, int]], maps: dict[int, _Map]) -> _Map:
+        """Rows and columns of a map, these in pieces and in pixels of the image."""
         image_BCHW, layer, chain = maps[0].map_BCHW, self.layers[number], self.chains[number]
-        full = image_BCHW.shape[2:]
-        height, width = rows[1] - rows[0], (cols_px[1] - cols_px[0]) // layer.scale
-        pieces = [(piece, chain.made(*piece, full[1])) for piece in chain.pieces(*cols_px)]
-        widest_px = max(stop - first for _, (first, stop) in pieces)
+        full, left = image_BCHW.shape[2:], pieces[0][0]
+        height, width = rows[1] - rows[0], (pieces[-1][1] - left) // layer.scale
+        made_px = [chain.made(*piece, full[1]) for piece in pieces]
+        widest_px = max(stop - first for first, stop in made_px)
         bytes_a_px = max(self.layers[it].channels / self.layers[it].scale ** 2 for it in chain.layers) * layer.scale
         most = STRIP_BYTES // (bytes_a_px * widest_px * image_BCHW.itemsize)
         strips = max(1, min(math.ceil(height / max(LEAST_ROWS, min(MOST_ROWS, most))), height // LEAST_ROWS))
@@ -230,27 +249,27 @@ class Strips(nn.Module):
             whole_BCHW = _channels_last(image_BCHW.new_empty(height * width * layer.channels), height, width)
         for strip in range(strips):
             above, below = height * strip // strips, height * (strip + 1) // strips
-            for piece, made_px in pieces:
-                given = {it: maps[it].between(*(px // self.layers[it].scale for px in made_px)) for it in chain.reads}
+            for piece, made in zip(pieces, made_px, strict=True):
+                given = {it: maps[it].between(*(px // self.layers[it].scale for px in made)) for it in chain.reads}
                 made_BCHW = self._rows(number, rows[0] + above, rows[0] + below, full[0], given)
-                first, stop = ((px - cols_px[0]) // layer.scale for px in piece)
-                skip = (piece[0] - made_px[0]) // layer.scale
+                first, stop = ((px - left) // layer.scale for px in piece)
+                skip = (piece[0] - made[0]) // layer.scale
                 whole_BCHW[:, :, above:below, first:stop] = made_BCHW[..., skip : skip + stop - first]
-        return _Map(whole_BCHW, rows[0], cols_px[0] // layer.scale)
+        return _Map(whole_BCHW, rows[0], left // layer.scale)
 
     def _rows(self, number: int, first: int, stop: int, height: int, maps: dict[int, _Map]) -> Tensor:
         """Rows of a map, made or taken from where they are. height: of the image."""
         if number in maps:
-            rows_BCHW = maps[number].map_BCHW[:, :, first - maps[number].row : stop - maps[number].row]
-            return rows_BCHW.contiguous(memory_format=torch.channels_last)
+            return maps[number].map_BCHW[:, :, first - maps[number].row : stop - maps[number].row]
         layer = self.layers[number]
         above, below = layer.sees(first, stop)
         if layer.doubles:
             (source,) = layer.inputs
             above, below = max(above, 0), min(below, height // self.layers[source].scale)
-            doubled_BCHW = layer.run(self._rows(source, above, below, height, maps))
+            doubled_BCHW = layer.run(_dense(self._rows(source, above, below, height, maps)))
             return doubled_BCHW[:, :, first - 2 * above : stop - 2 * above]
-        return layer.run(*(self._padded(it, above, below, layer.fill, height, maps) for it in layer.inputs))
+        rows = (self._padded(it, above, below, layer.fill, height, maps) for it in layer.inputs)
+        return layer.run(*(rows if layer.run is _largest_of_four else map(_dense, rows)))
 
     def _padded(self, number: int, first: int, stop: int, fill: float, height: int, maps: dict[int, _Map]) -> Tensor:
         """The same, with rows of fill beyond the edges."""
@@ -265,6 +284,11 @@ class Strips(nn.Module):
         padded_BCHW[:, :, above : above + inner] = rows_BCHW
         padded_BCHW[:, :, above + inner :] = fill
         return padded_BCHW
+
+
+def _dense(rows_BCHW: Tensor) -> Tensor:
+    """As convolutions want it: without gaps where columns are left out."""
+    return rows_BCHW.contiguous(memory_format=torch.channels_last)
 
 
 def _union(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:

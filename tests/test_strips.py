@@ -26,7 +26,9 @@ def many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips of so few rows, and pieces of so few columns, that small images have many."""
     monkeypatch.setattr(strips, "LEAST_ROWS", 9)
     monkeypatch.setattr(strips, "MOST_ROWS", 13)
-    monkeypatch.setattr(strips, "PIECE_COLS", 100)
+    monkeypatch.setattr(strips, "PIECE_COLS", 50)
+    monkeypatch.setattr(strips, "ODD_PIECE_COLS", 70)
+    monkeypatch.setattr(strips, "has_fast_pieces", lambda dtype: True)
 
 
 def image_of(network: Network, dtype: torch.dtype, rows: int, cols: int) -> Tensor:
