@@ -18,9 +18,8 @@ from segpipe.tasks.files import tile_name
 from segpipe.tasks.fragments import finished_from_bytes
 from segpipe.tasks.grid import Cells, Window
 from segpipe.tasks.neighbours import bounds_of, keep_apart
-from segpipe.tasks.predict import INVALID
 from segpipe.tasks.regularize import REACH_PX
-from segpipe.tasks.vectorize import FULL_U8, Buildings, mask_of
+from segpipe.tasks.vectorize import Buildings
 
 from . import changes, manifest
 from .allocator import give_freed_memory_back
@@ -32,12 +31,11 @@ from .geopackage import CHANGES_LAYER, add_changes, read_rows, write_geopackage
 from .placing import find_published, place_geopackage
 from .plan import Plan
 from .progress import Listener, StageSums
-from .rasters import PROBABILITY_SCALE, Look, reading_cog, write_cog
 from .rows import BATCH_ROWS
 from .run_layers import about, add_run_layers
-from .stages import Receipt, Site, cell_unit, read_fragment, read_joined, read_probability, tile_unit
+from .run_rasters import writing_rasters
+from .stages import Receipt, Site, cell_unit, read_fragment, read_joined, tile_unit
 from .storage import write_bytes
-from .styles import PROBABILITY_QML, ramp_rgb
 from .tile_masks import write_tile_masks
 
 ORDER_CELL_PX = 4096
@@ -82,46 +80,12 @@ def publish_all(config: CityConfig, plan: Plan, listener: Listener, homes: Cells
     manifest.revoke(plan.folder)
     write_bytes(plan.output / "city.yaml", config.resolved_yaml().encode())
     site, folder = Site(plan), plan.output
-    threshold_u8 = plan.vector.threshold_u8
-    mask_px = valid_px = 0
-    valid: Window | None = None
-
-    def read_counted(window: Window) -> NDArray[np.uint8]:
-        nonlocal mask_px, valid_px, valid
-        prob_HW = read_in_area(site, window)
-        mask_px += int(np.count_nonzero(mask_of(prob_HW, threshold_u8)))
-        valid_px += int(np.count_nonzero(prob_HW != INVALID))
-        valid = _union(valid, Window.around(prob_HW != INVALID, window.row_off, window.col_off))
-        return prob_HW
-
     give_freed_memory_back()
     geopackage = partial_path(folder / "buildings.gpkg")
     area = _Sum()
-    block_px = min(plan.block_px, ORDER_CELL_PX)
-    write_cog(
-        folder / "probability.tif",
-        read_counted,
-        plan.bounds,
-        plan.lattice,
-        resampling="average",
-        block_px=block_px,
-        look=Look(PROBABILITY_SCALE, {value: ramp_rgb(value * PROBABILITY_SCALE) for value in range(FULL_U8 + 1)}),
-    )
-    write_bytes(folder / "probability.qml", PROBABILITY_QML.encode())
-    give_freed_memory_back()
-    # From the raster, which has been compared with what was read: the store is read once, chunk by chunk.
-    with reading_cog(folder / "probability.tif", plan.bounds) as read:
-        write_cog(
-            folder / "mask.tif",
-            lambda window: _mask_or_invalid(read(window), threshold_u8),
-            plan.bounds,
-            plan.lattice,
-            resampling="mode",
-            block_px=block_px,
-        )
-    give_freed_memory_back()
-    rows = batches_in_order(site, homes, _imagery(plan, valid))
-    written = write_geopackage(geopackage, area.of(rows), plan.lattice.crs_wkt, about(plan))
+    with writing_rasters(site) as counts:
+        rows = batches_in_order(site, homes, _imagery(plan, counts.valid))
+        written = write_geopackage(geopackage, area.of(rows), plan.lattice.crs_wkt, about(plan))
     give_freed_memory_back()
     asked_for = plan.tiles if config.publish.tile_masks else ()
     tile_masks = write_tile_masks(folder, folder / "mask.tif", asked_for, plan.lattice)
@@ -129,9 +93,9 @@ def publish_all(config: CityConfig, plan: Plan, listener: Listener, homes: Cells
     left: list[str] = []
     known = manifest.revoke(plan.folder, written.digest)
     changed = write_changes(plan, geopackage, written.digest, known, listener)
-    counts = {"buildings": written.features, "buildings_m2": round(area.total, 2)}
-    counts |= {"mask_px": mask_px, "valid_px": valid_px}
-    add_run_layers(geopackage, plan, skipped, config.resolved_yaml(), counts)
+    sums = {"buildings": written.features, "buildings_m2": round(area.total, 2)}
+    sums |= {"mask_px": counts.mask_px, "valid_px": counts.valid_px}
+    add_run_layers(geopackage, plan, skipped, config.resolved_yaml(), sums)
     placed = place_geopackage(
         geopackage,
         folder,
@@ -157,8 +121,8 @@ def publish_all(config: CityConfig, plan: Plan, listener: Listener, homes: Cells
         rows_digest=written.digest,
         buildings=written.features,
         buildings_m2=area.total,
-        mask_px=mask_px,
-        valid_px=valid_px,
+        mask_px=counts.mask_px,
+        valid_px=counts.valid_px,
         changes=changed,
         validity=_validity(site, skipped),
         skipped=plan.left_out | {plan.tiles[tile].path: reason for tile, reason in skipped.items()},
@@ -170,11 +134,6 @@ def publish_all(config: CityConfig, plan: Plan, listener: Listener, homes: Cells
     )
 
 
-def _mask_or_invalid(prob_HW: NDArray[np.uint8], threshold_u8: int) -> NDArray[np.uint8]:
-    """1 where there is a building, 0 where there is none, 255 where nothing is known."""
-    return np.where(prob_HW == INVALID, np.uint8(INVALID), mask_of(prob_HW, threshold_u8).astype(np.uint8))
-
-
 def _other_formats(config: CityConfig, plan: Plan, geopackage: Path) -> list[str]:
     """Write the footprints in the formats that are asked for, and delete those that earlier runs were asked for."""
     asked, own = config.outputs.formats, manifest.own_files(plan.folder)
@@ -182,12 +141,6 @@ def _other_formats(config: CityConfig, plan: Plan, geopackage: Path) -> list[str
     remove_formats(plan.output, asked, own)
     out_wkt = resolve_crs(config.outputs.crs)
     return write_formats(plan.output, geopackage, asked, plan.lattice.crs_wkt, out_wkt)
-
-
-def read_in_area(site: Site, window: Window) -> NDArray[np.uint8]:
-    """prob_HW of a window as it is published: what lies outside the area is invalid too."""
-    prob_HW, area = read_probability(site, window), site.plan.area
-    return prob_HW if area is None else np.where(area.inside(window), prob_HW, np.uint8(INVALID))
 
 
 def write_changes(
@@ -245,10 +198,6 @@ def _validity(site: Site, skipped: dict[int, str]) -> dict[str, int]:
         elif (entry := site.ledger.entry("scan", tile_unit(site.plan, tile))) is not None:
             reasons.update(entry["by_reason"])
     return {reason: pixels for reason, pixels in sorted(reasons.items()) if pixels}
-
-
-def _union(one: Window | None, other: Window | None) -> Window | None:
-    return one if other is None else other if one is None else one.union(other)
 
 
 def _imagery(plan: Plan, valid: Window | None) -> Imagery:

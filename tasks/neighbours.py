@@ -70,10 +70,14 @@ def _in_the_way(buildings: Buildings, others: Buildings, lattice: Lattice) -> ND
         one, other = shapely.STRtree(theirs).query(own)
         different = key[one] != other_key[other]
         one, other = one[different], other[different]
-        for first in range(0, len(one), PAIRS_AT_ONCE):
-            some = slice(first, first + PAIRS_AT_ONCE)
-            overlap = _overlap(_in_crs(own, one[some], lattice), _in_crs(theirs, other[some], lattice))
-            blocked[shaped[one[some][overlap]]] = True
+        # The larger of a pair is prepared, and its pairs are looked at together: one that winds through a town is in
+        # thousands, and to prepare it takes longer than to look at most of them.
+        swapped = shapely.get_num_coordinates(own)[one] < shapely.get_num_coordinates(theirs)[other]
+        order = np.argsort(np.where(swapped, len(own) + other, one), kind="stable")
+        for first in range(0, len(order), PAIRS_AT_ONCE):
+            some = order[first : first + PAIRS_AT_ONCE]
+            in_crs = _in_crs(own, one[some], lattice), _in_crs(theirs, other[some], lattice)
+            blocked[shaped[one[some][_overlap(*in_crs, swapped[some])]]] = True
     return blocked
 
 
@@ -84,13 +88,11 @@ def _in_crs(geometry: Geometries, chosen: Int64s, lattice: Lattice) -> Geometrie
     return moved
 
 
-def _overlap(one: Geometries, other: Geometries) -> NDArray[np.bool_]:
-    """Whether the insides of polygons meet, pair by pair, exactly."""
-    # The larger of a pair is prepared, once for all its pairs: one that winds through a town is in thousands.
-    swapped = shapely.get_num_coordinates(one) < shapely.get_num_coordinates(other)
-    larger, smaller = np.where(swapped, other, one), np.where(swapped, one, other)
-    shapely.prepare(larger)
-    overlap: NDArray[np.bool_] = shapely.relate_pattern(larger, smaller, "T********")
+def _overlap(one: Geometries, other: Geometries, swapped: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Whether the insides of polygons meet, pair by pair, exactly. swapped: the other one is prepared."""
+    prepared, second = np.where(swapped, other, one), np.where(swapped, one, other)
+    shapely.prepare(prepared)
+    overlap: NDArray[np.bool_] = shapely.relate_pattern(prepared, second, "T********")
     return overlap
 
 

@@ -4,8 +4,10 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +35,7 @@ from conftest import (
 )
 from numpy.typing import NDArray
 
-from segpipe.pipeline import flow, network, publish, run, stages
+from segpipe.pipeline import flow, network, publish, run, run_rasters, stages
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.ledger import Ledger
 from segpipe.pipeline.manifest import nothing_changed
@@ -284,19 +286,22 @@ def test_outputs_of_a_run_killed_while_publishing_are_not_taken_for_the_last_one
     assert outputs(mapped.folder / "run") == expected
 
 
-@pytest.mark.parametrize("step", ["write_geopackage", "write_cog", "place_geopackage"])
+@pytest.mark.parametrize(
+    ("module", "step"),
+    [(run.publish, "write_geopackage"), (run_rasters, "write_cog"), (run.publish, "place_geopackage")],
+)
 def test_killed_while_publishing_it_only_publishes_again(
-    city: City, monkeypatch: pytest.MonkeyPatch, step: str
+    city: City, monkeypatch: pytest.MonkeyPatch, module: ModuleType, step: str
 ) -> None:
     folder = city.folder / "run"
     with monkeypatch.context() as patch:
-        publish = getattr(run.publish, step)
+        publish = getattr(module, step)
 
         def killed(*arguments: Any, **options: Any) -> Any:
             publish(*arguments, **options)
             raise KeyboardInterrupt
 
-        patch.setattr(run.publish, step, killed)
+        patch.setattr(module, step, killed)
         with pytest.raises(KeyboardInterrupt):
             map_it(city.config)
     before = tasks_done(folder)
@@ -306,6 +311,59 @@ def test_killed_while_publishing_it_only_publishes_again(
     assert outputs(folder) == outputs(folder.with_name("whole"))
     assert not list(folder.rglob("*partial*"))
     assert not (folder / "buildings-2.gpkg").exists()
+
+
+def test_a_stop_while_footprints_are_written_gives_the_rasters_up_that_are_written_beside(
+    city: City, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, stopped = city.folder / "run", threading.Event()
+    with monkeypatch.context() as patch:
+        write_cog = run_rasters.write_cog
+
+        def write_later(path: Path, read: Callable[[Window], Any], *arguments: Any, **options: Any) -> None:
+            def read_later(window: Window) -> Any:
+                assert path.name == "probability.tif" or stopped.wait(60)
+                return read(window)
+
+            write_cog(path, read_later, *arguments, **options)
+
+        class GivenUp(threading.Event):
+            def set(self) -> None:
+                super().set()
+                stopped.set()
+
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(run_rasters, "write_cog", write_later)
+        patch.setattr(run_rasters, "threading", SimpleNamespace(Event=GivenUp))
+        patch.setattr(run.publish, "write_geopackage", stop)
+        with pytest.raises(KeyboardInterrupt):
+            map_it(city.config)
+    assert stopped.is_set()
+    assert not (folder / "mask.tif").exists()
+    assert not list(folder.rglob("*partial*"))
+    assert not [it.name for it in threading.enumerate() if it.name.startswith("rasters")]
+
+
+@pytest.mark.parametrize("name", ["probability.tif", "mask.tif"])
+def test_a_raster_that_cannot_be_written_fails_the_run_and_its_footprints_are_not_placed(
+    city: City, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write_cog = run_rasters.write_cog
+
+    def write(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.name == name:
+            raise RunError(f"{path}: cannot be written")
+        write_cog(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_rasters, "write_cog", write)
+        with pytest.raises(RunError, match=rf"{name}: cannot be written"):
+            map_it(city.config)
+    assert not (city.folder / "run" / "buildings.gpkg").exists()
+    map_it(city.config)
+    assert not list(city.folder.rglob("*partial*"))
 
 
 def test_a_second_run_computes_nothing_and_imports_neither_torch_nor_dask(mapped: City) -> None:
