@@ -51,6 +51,7 @@ def dask_settings(threads: int | str = "auto") -> dict[str, Any]:
         # At 10 ms looking at where threads are takes 2 % of what a network gets.
         "distributed.worker.profile.interval": "100ms",
         "distributed.worker.profile.cycle": "10s",
+        "distributed.admin.tick.interval": "500ms",
     }
 
 
