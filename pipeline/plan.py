@@ -519,11 +519,12 @@ def _check_disk(folder: Folder, tiles: Sequence[Tile], bands: int, seen: Window)
 
 
 def disk_bytes(tiles: Sequence[Tile], bands: int, seen: Window) -> int:
-    """An upper estimate of what a run folder takes: image, valid, probability, and the two rasters with overviews.
+    """What a run folder takes at most, while its rasters are written: image, probability, and this twice as a raster.
 
     seen: the window in which chunks lie. bands: of the image; 0 leaves it out.
     """
-    return int(sum(tile.cover.intersect(seen).pixels for tile in tiles) * (bands + 0.6)) + 16 * 2**20
+    # Probabilities took 0.8 bytes a pixel in the store, 1.4 as a raster that is not compressed, and 0.75 as a COG.
+    return int(sum(tile.cover.intersect(seen).pixels for tile in tiles) * (bands + 3)) + 16 * 2**20
 
 
 def key_of(*parts: object) -> str:

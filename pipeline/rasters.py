@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ def write_cog(
     options = {"BIGTIFF": "IF_SAFER", **(smooth if resampling == "average" else {"COMPRESS": "LZW"})}
     try:
         with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES, GDAL_NUM_THREADS="ALL_CPUS"):
-            checksum = _write_flat(flat, read, window, lattice, parts)
+            checksum = _write_flat(flat, read, window, lattice, parts, compressed=resampling == "mode")
             if look is not None:
                 _give_look(flat, look, resampling, max(window.shape_yx))
             options |= {"BLOCKSIZE": str(TILE_PX), "SPARSE_OK": "YES"}
@@ -84,11 +85,17 @@ def write_cog(
 
 @contextmanager
 def reading_cog(path: Path, bounds: Window) -> Iterator[Callable[[Window], NDArray[np.uint8]]]:
-    """Read windows of the lattice, uint8 (height, width), from a raster that covers bounds, while the block runs."""
+    """Read windows of the lattice, uint8 (height, width), from a raster that covers bounds, while the block runs.
+
+    Several threads may read.
+    """
+    # An open raster is for one thread at a time.
+    lock = threading.Lock()
     with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES), rasterio.open(path) as raster:
 
         def read(window: Window) -> NDArray[np.uint8]:
-            pixels_HW: NDArray[np.uint8] = raster.read(1, window=_rasterio_window(window, bounds))
+            with lock:
+                pixels_HW: NDArray[np.uint8] = raster.read(1, window=_rasterio_window(window, bounds))
             return pixels_HW
 
         yield read
@@ -107,12 +114,21 @@ def _parts(window: Window, block_px: int) -> Iterator[Window]:
 
 
 def _write_flat(
-    path: Path, read: Callable[[Window], NDArray[Any]], window: Window, lattice: Lattice, parts: list[Window]
+    path: Path,
+    read: Callable[[Window], NDArray[Any]],
+    window: Window,
+    lattice: Lattice,
+    parts: list[Window],
+    compressed: bool,
 ) -> int:
-    """Write a tiled GeoTIFF without overviews, part by part; returns the checksum of its pixels."""
+    """Write a tiled GeoTIFF without overviews, part by part; returns the checksum of its pixels.
+
+    Of smooth values deflate would save a third of the space for a minute, and take as long as all else.
+    """
     profile = {"driver": "GTiff", "dtype": "uint8", "count": 1, "height": window.height, "width": window.width}
     profile |= {"crs": rasterio.crs.CRS.from_wkt(lattice.crs_wkt), "nodata": INVALID}
-    profile |= {"tiled": True, "blockxsize": TILE_PX, "blockysize": TILE_PX, "compress": "deflate", "zlevel": 1}
+    profile |= {"tiled": True, "blockxsize": TILE_PX, "blockysize": TILE_PX}
+    profile |= {"compress": "deflate", "zlevel": 1} if compressed else {}
     profile |= {"sparse_ok": True, "bigtiff": "IF_SAFER", "interleave": "pixel"}
     checksum = 0
     with rasterio.open(path, "w", transform=lattice.transform(window.row_off, window.col_off), **profile) as raster:

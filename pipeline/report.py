@@ -6,6 +6,7 @@ Axes: B bands, H rows, W columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -29,7 +30,8 @@ OUTLINE_RGB = (255, 106, 0)
 HATCH_RGB = (150, 150, 150)
 PAPER_RGB = (214, 214, 214)
 HATCH_PX = 8
-READ_PX = 1024
+READ_PX, READERS = 1024, 4
+"""Side of the parts that imagery is read in, and how many are read at once."""
 OVERSAMPLING = 2
 """Outlines are drawn this much larger and reduced, which smooths them."""
 
@@ -158,7 +160,7 @@ def write_preview(
 
     read_image gives uint8 (bands, height, width) of a part of window, of which the first three are shown as red, green
     and blue; read_valid gives what is not zero where there is imagery: the rest is hatched. A pixel of the picture is
-    the mean of the valid pixels under it. Both are read part by part, and the footprints in batches.
+    the mean of the valid pixels under it. Both are read part by part by several threads, the footprints in batches.
     Raises RunError if the picture cannot be written.
     """
     factor = max(1, -(-max(window.shape_yx) // max_px))
@@ -182,28 +184,34 @@ def _reduce(
     heights, widths = (np.minimum(factor, side - np.arange(0, side, factor)) for side in window.shape_yx)
     count_HW = np.zeros((len(heights), len(widths)), np.uint32)
     sums_3HW = np.zeros((3, *count_HW.shape), np.uint32)
-    for part in _parts(window):
+
+    def sums_of(part: Window) -> tuple[tuple[slice, slice], NDArray[np.uint32], NDArray[np.uint32]] | None:
         valid_HW = np.asarray(read_valid(part)) != 0
         if not valid_HW.any():
-            continue
+            return None
         image_BHW = read_image(part)
         row, top = divmod(part.row_off - window.row_off, factor)
         col, left = divmod(part.col_off - window.col_off, factor)
-        counts_HW = _sums(valid_HW, factor, top, left)
+        bands = (image_BHW[min(band, len(image_BHW) - 1)] * valid_HW for band in range(3))
+        counts_HW, *sums = (_sums(it, factor, top, left) for it in (valid_HW, *bands))
         at = slice(row, row + counts_HW.shape[0]), slice(col, col + counts_HW.shape[1])
-        count_HW[at] += counts_HW
-        for band in range(3):
-            sums_3HW[(band, *at)] += _sums(image_BHW[min(band, len(image_BHW) - 1)] * valid_HW, factor, top, left)
+        return at, counts_HW, np.stack(sums)
+
+    with ThreadPoolExecutor(READERS, "preview") as readers:
+        for parts in _rows_of_parts(window):
+            for at, counts_HW, of_bands_3HW in filter(None, readers.map(sums_of, parts)):
+                count_HW[at] += counts_HW
+                sums_3HW[:, *at] += of_bands_3HW
     is_seen_HW = 2 * count_HW >= heights[:, None] * widths
     means_HW3 = np.moveaxis(sums_3HW // np.maximum(count_HW, 1), 0, -1).astype(np.uint8)
     return np.where(is_seen_HW[..., None], means_HW3, hatch(0, 0, *count_HW.shape))
 
 
-def _parts(window: Window) -> Iterator[Window]:
-    """Parts on the lattice's own grid, as chunks are: none of these is read for several parts."""
+def _rows_of_parts(window: Window) -> Iterator[list[Window]]:
+    """Parts on the lattice's own grid, as chunks are, row by row: no chunk is read for several parts."""
     for row in range(window.row_off // READ_PX, -(-window.row_stop // READ_PX)):
-        for col in range(window.col_off // READ_PX, -(-window.col_stop // READ_PX)):
-            yield Window.cell(row, col, READ_PX).intersect(window)
+        cols = range(window.col_off // READ_PX, -(-window.col_stop // READ_PX))
+        yield [Window.cell(row, col, READ_PX).intersect(window) for col in cols]
 
 
 def _sums(pixels_HW: NDArray[np.generic], factor: int, top: int, left: int) -> NDArray[np.uint32]:
