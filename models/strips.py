@@ -89,8 +89,11 @@ class _Chain:
         stop = first + math.ceil(max(stop + self.reach_px - first, least) / step) * step
         return (first, stop) if stop <= width else (max(min(first, width - least), 0), width)
 
-    def pieces(self, first: int, stop: int) -> list[tuple[int, int]]:
-        """Columns first to stop of the image in pieces, which leave room for what each is wrong in at its sides."""
+    def pieces(self, first: int, stop: int, width: int) -> list[tuple[int, int]]:
+        """Columns first to stop of such an image in pieces, which leave room for what each is wrong in at its sides."""
+        made = self.made(first, stop, width)
+        if made[1] - made[0] <= self.piece_px:
+            return [(first, stop)]
         room = self.piece_px - 2 * self.reach_px - self.coarsest
         count = math.ceil((stop - first) / max(room, self.coarsest))
         ends = [first + (stop - first) * piece // count // self.coarsest * self.coarsest for piece in range(count)]
@@ -224,7 +227,7 @@ class Strips(nn.Module):
         found = {self.last: (cols.start, cols.stop)}
         pieces: dict[int, list[tuple[int, int]]] = {}
         for number, chain in reversed(self.chains.items()):
-            pieces[number] = chain.pieces(*found[number]) if cut else [found[number]]
+            pieces[number] = chain.pieces(*found[number], width) if cut else [found[number]]
             for piece in pieces[number]:
                 made = chain.made(*piece, width)
                 for it in chain.reads:
