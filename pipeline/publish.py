@@ -74,7 +74,7 @@ class Published:
 
 
 def publish_all(config: CityConfig, plan: Plan, listener: Listener, homes: Cells, skipped: dict[int, str]) -> Published:
-    """Write GeoPackage, rasters, preview and report beside, check them, and rename them into place."""
+    """Write GeoPackage and rasters beside, check them, and rename them into place."""
     start = time.perf_counter()
     listener.expect("publish", 1)
     manifest.revoke(plan.folder)
