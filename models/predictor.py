@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .fold import fold_batchnorm, fuse_convolutions
 from .networks import Network
-from .strips import Kept, Strips, in_strips
+from .strips import Core, Kept, Strips, in_strips, whole_of
 from .weights import Bundle, Card
 
 Precision = Literal["float32", "bfloat16"]
@@ -38,8 +38,6 @@ ROWS = 256
 network, and memory that a thread has not had before costs more than what is done in it."""
 CORE_PX = 1024
 """Images are predicted in cores of this size, rounded up to whole strides."""
-Core = tuple[slice, slice]
-"""The rows and columns of a window that are asked for, each from start to stop; the rest of it is what they see."""
 D4 = tuple((turns, flipped) for flipped in (False, True) for turns in range(4))
 """The eight ways to lay a square onto itself: quarter turns, and whether it is flipped after them."""
 
@@ -163,7 +161,7 @@ class Predictor:
     def upload(self, image_CHW: NDArray[np.uint8], valid_HW: NDArray[np.bool_], core: Core | None = None) -> Uploaded:
         """The pixels of a window on the device, from pinned memory to a GPU; on a CPU the very same pixels."""
         image_BCHW, invalid_HW = torch.from_numpy(image_CHW)[None], torch.from_numpy(~valid_HW)
-        core = core or _whole(image_BCHW)
+        core = core or whole_of(image_BCHW)
         if not self._streams:
             return Uploaded(image_BCHW, invalid_HW, core)
         with torch.cuda.stream(self._streams[0]):
@@ -327,11 +325,6 @@ class Predictor:
         core = slice(border, border + height), slice(border, border + width)
         prob_HW = torch.cat(self._probabilities(image_BCHW, core, least_px=0)).cpu().numpy()
         return _resize(prob_HW, valid_HW.shape[::-1], Resampling.BILINEAR)
-
-
-def _whole(image_BCHW: Tensor) -> Core:
-    height, width = image_BCHW.shape[2:]
-    return slice(0, height), slice(0, width)
 
 
 def _resize(band_HW: NDArray[Any], size_xy: tuple[int, int], how: Resampling) -> NDArray[Any]:

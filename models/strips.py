@@ -41,6 +41,16 @@ FINE = 2
 """A map of so many pixels of the image to each of its own, along a side, or fewer, is not kept whole to be doubled."""
 
 
+Core = tuple[slice, slice]
+"""The rows and columns of a window that are asked for, each from start to stop; the rest of it is what they see."""
+
+
+def whole_of(image_BCHW: Tensor) -> Core:
+    """All rows and columns."""
+    height, width = image_BCHW.shape[2:]
+    return slice(0, height), slice(0, width)
+
+
 @dataclass(frozen=True)
 class _Layer:
     """What makes a layer's rows of rows of its inputs, which are numbers of other layers.
@@ -191,13 +201,13 @@ class Strips(nn.Module):
             frozenset(made), frozenset(reads), reach_px[number], self.layers[number].scale, coarsest, piece_px
         )
 
-    def forward(self, image_BCHW: Tensor, core: tuple[slice, slice] | None = None) -> Tensor:
+    def forward(self, image_BCHW: Tensor, core: Core | None = None) -> Tensor:
         """Logits_BKHW; H and W multiples of the network's stride. One thread at a time.
 
         core: the rows and columns that are asked for, from start to stop; None: all.
         """
         height, width = image_BCHW.shape[2:]
-        rows, cols = core or (slice(0, height), slice(0, width))
+        rows, cols = core or whole_of(image_BCHW)
         if image_BCHW.shape[0] != 1:
             logits_BKHW: Tensor = self.graph(image_BCHW)
             return logits_BKHW[:, :, rows, cols]
@@ -240,6 +250,10 @@ class Strips(nn.Module):
         full, left = image_BCHW.shape[2:], pieces[0][0]
         height, width = rows[1] - rows[0], (pieces[-1][1] - left) // layer.scale
         made_px = [chain.made(*piece, full[1]) for piece in pieces]
+        given_to = [
+            {it: maps[it].between(*(px // self.layers[it].scale for px in made)) for it in chain.reads}
+            for made in made_px
+        ]
         widest_px = max(stop - first for first, stop in made_px)
         bytes_a_px = max(self.layers[it].channels / self.layers[it].scale ** 2 for it in chain.layers) * layer.scale
         most = STRIP_BYTES // (bytes_a_px * widest_px * image_BCHW.itemsize)
@@ -252,8 +266,7 @@ class Strips(nn.Module):
             whole_BCHW = _channels_last(image_BCHW.new_empty(height * width * layer.channels), height, width)
         for strip in range(strips):
             above, below = height * strip // strips, height * (strip + 1) // strips
-            for piece, made in zip(pieces, made_px, strict=True):
-                given = {it: maps[it].between(*(px // self.layers[it].scale for px in made)) for it in chain.reads}
+            for piece, made, given in zip(pieces, made_px, given_to, strict=True):
                 made_BCHW = self._rows(number, rows[0] + above, rows[0] + below, full[0], given)
                 first, stop = ((px - left) // layer.scale for px in piece)
                 skip = (piece[0] - made[0]) // layer.scale

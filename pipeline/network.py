@@ -21,7 +21,8 @@ from .plan import Plan, model_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from segpipe.models.predictor import Core, Predictor, Uploaded
+    from segpipe.models.predictor import Predictor, Uploaded
+    from segpipe.models.strips import Core
 
 WAITS = {"read": "for a block's chunks", "write": "for the last block to be stored", "block": "for a block to predict"}
 """What a device waits for, in words. The last: tiles are still being decoded, or the scheduler has sent nothing."""

@@ -155,9 +155,4 @@ def resolve_recipe(
 
 def choose_block(sizes: Sequence[int], extent: Window, workers: int) -> int:
     """Side of the blocks: the largest of sizes (px, ascending) that gives every worker a block, else the smallest."""
-
-    def blocks(size: int) -> int:
-        rows = -(-extent.row_stop // size) - extent.row_off // size
-        return rows * (-(-extent.col_stop // size) - extent.col_off // size)
-
-    return max((size for size in sizes if blocks(size) >= workers), default=sizes[0])
+    return max((size for size in sizes if extent.cell_count(size) >= workers), default=sizes[0])

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import jinja2
@@ -209,9 +211,8 @@ def _reduce(
 
 def _rows_of_parts(window: Window) -> Iterator[list[Window]]:
     """Parts on the lattice's own grid, as chunks are, row by row: no chunk is read for several parts."""
-    for row in range(window.row_off // READ_PX, -(-window.row_stop // READ_PX)):
-        cols = range(window.col_off // READ_PX, -(-window.col_stop // READ_PX))
-        yield [Window.cell(row, col, READ_PX).intersect(window) for col in cols]
+    for _, cells in groupby(window.cells(READ_PX), itemgetter(0)):
+        yield [Window.cell(*cell, READ_PX).intersect(window) for cell in cells]
 
 
 def _sums(pixels_HW: NDArray[np.generic], factor: int, top: int, left: int) -> NDArray[np.uint32]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -38,11 +39,12 @@ class Counts:
     def with_part(self, prob_HW: NDArray[np.uint8], window: Window, threshold_u8: int) -> Counts:
         """These and what is in one more window."""
         known = prob_HW != INVALID
-        valid = Window.around(known, window.row_off, window.col_off)
+        found = (self.valid, Window.around(known, window.row_off, window.col_off))
+        valid = [it for it in found if it is not None]
         return Counts(
             self.mask_px + int(np.count_nonzero(mask_of(prob_HW, threshold_u8))),
             self.valid_px + int(np.count_nonzero(known)),
-            valid if self.valid is None else self.valid if valid is None else self.valid.union(valid),
+            reduce(Window.union, valid) if valid else None,
         )
 
 

@@ -103,6 +103,13 @@ class Window:
             for col in range(self.col_off // step, (self.col_stop - 1) // step + 1):
                 yield row, col
 
+    def cell_count(self, step: int) -> int:
+        """How many cells of step x step pixels the window meets."""
+        if not self.pixels:
+            return 0
+        rows = (self.row_stop - 1) // step - self.row_off // step + 1
+        return rows * ((self.col_stop - 1) // step - self.col_off // step + 1)
+
     def halves(self, step: int) -> tuple[Window, Window] | None:
         """Cut across the longer side at a multiple of step near its middle; None where there is none within."""
         tall = self.height >= self.width
@@ -211,7 +218,7 @@ class WindowIndex:
         self._windows = tuple(windows)
         sides = sorted(max(1, *window.shape_yx) for window in self._windows)
         self._step = sides[len(sides) // 2] if sides else 1
-        while sum(_cell_count(window, self._step) for window in self._windows) > 8 * len(self._windows):
+        while sum(window.cell_count(self._step) for window in self._windows) > 8 * len(self._windows):
             self._step *= 2
         cells: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
         for index, window in enumerate(self._windows):
@@ -221,7 +228,7 @@ class WindowIndex:
 
     def meeting(self, window: Window) -> list[int]:
         """Indices of the windows that have a pixel in common with one, in their order."""
-        count = _cell_count(window, self._step)
+        count = window.cell_count(self._step)
         if count == 1:
             found: Iterable[int] = self._cells.get((window.row_off // self._step, window.col_off // self._step), ())
         elif count < len(self._cells):
@@ -229,14 +236,6 @@ class WindowIndex:
         else:
             found = range(len(self._windows))
         return [index for index in found if self._windows[index].meets(window)]
-
-
-def _cell_count(window: Window, step: int) -> int:
-    """How many cells of step x step pixels a window meets."""
-    if not window.pixels:
-        return 0
-    rows = (window.row_stop - 1) // step - window.row_off // step + 1
-    return rows * ((window.col_stop - 1) // step - window.col_off // step + 1)
 
 
 @dataclass(frozen=True)
