@@ -360,7 +360,7 @@ def check_strip(claims: Claims) -> str:
 
 
 def choose_strip(claims: Claims, rng: np.random.Generator) -> Window:
-    """A window across a seam between two blocks; anywhere, where there is none."""
+    """A window of STRIP_PX, or what a smaller city has, across a seam between two blocks; anywhere, where none is."""
     bounds, block_px = claims.bounds, claims.manifest["recipe"]["block_px"]
     rows = range(-(-(bounds.row_off + 1) // block_px) * block_px, bounds.row_stop, block_px)
     cols = range(-(-(bounds.col_off + 1) // block_px) * block_px, bounds.col_stop, block_px)
@@ -370,12 +370,15 @@ def choose_strip(claims: Claims, rng: np.random.Generator) -> Window:
         seams[rng.integers(len(seams))] if seams else ("row", int(rng.integers(bounds.row_off, bounds.row_stop)))
     )
     if kind == "row":
-        start = int(rng.integers(bounds.col_off - along // 2, bounds.col_stop))
-        window = Window(line - across // 2, start, across, along)
+        height, width = across, along
+        row, col = line, int(rng.integers(bounds.col_off, bounds.col_stop))
     else:
-        start = int(rng.integers(bounds.row_off - along // 2, bounds.row_stop))
-        window = Window(start, line - across // 2, along, across)
-    return window.intersect(bounds)
+        height, width = along, across
+        row, col = int(rng.integers(bounds.row_off, bounds.row_stop)), line
+    # Moved inwards from the edge of the raster, not cut there: as many footprints as there can be are looked at.
+    row = max(bounds.row_off, min(row - height // 2, bounds.row_stop - height))
+    col = max(bounds.col_off, min(col - width // 2, bounds.col_stop - width))
+    return Window(row, col, height, width).intersect(bounds)
 
 
 def _whole_in(claims: Claims, window: Window, mask_HW: NDArray[np.uint8]) -> Callable[[Geometries], NDArray[np.bool_]]:

@@ -158,7 +158,8 @@ def test_any_strip_of_a_city_passes(run: Path, monkeypatch: pytest.MonkeyPatch) 
     for window in windows:
         rows, cols = range(window.row_off + 1, window.row_stop), range(window.col_off + 1, window.col_stop)
         assert any(row % block_px == 0 for row in rows) or any(col % block_px == 0 for col in cols), "across a seam"
-    assert len(set(windows)) > 30
+        assert sorted(window.shape_yx) == [60, 300], "as large as the city allows"
+    assert len(set(windows)) > 20
     for _ in range(20):
         verify_quickly(run, manifest)
 
