@@ -28,15 +28,6 @@ def reach(core: Window, halo_px: int, stride: int) -> Window:
     return core.pad(halo_px).snap(stride)
 
 
-def resolve_window(valid_HW: NDArray[np.bool_], core: Window, halo_px: int, stride: int) -> Window | None:
-    """The bounding box of the core's valid pixels, plus halo, grown outward to the stride's lattice.
-
-    valid_HW covers the core. None where the core has no valid pixel: then there is nothing to predict.
-    """
-    box = Window.around(valid_HW, core.row_off, core.col_off)
-    return None if box is None else reach(box, halo_px, stride)
-
-
 def predict_core(
     image_CHW: NDArray[np.uint8],
     valid_HW: NDArray[np.bool_],
@@ -47,6 +38,9 @@ def predict_core(
 ) -> tuple[NDArray[np.uint8], int]:
     """Probabilities of a core, prob_HW uint8, and the pixels of the window that the network has seen.
 
+    The network is asked for the bounding box of the core's valid pixels, grown outward to the stride's lattice, and
+    sees what that can look at; it is not asked at all where the core has no valid pixel.
+
     image_CHW and valid_HW cover reach(core, halo_px, stride); what lies outside the city is invalid there. A window
     for which `predict` raises TooLargeError is predicted in halves, each with its halo: with the exact halo the same
     bytes. Whether that holds is the caller's to know.
@@ -55,11 +49,12 @@ def predict_core(
     if image_CHW.shape[1:] != outer.shape_yx or valid_HW.shape != outer.shape_yx:
         raise ValueError(f"image {image_CHW.shape} and valid {valid_HW.shape}: expected {outer.shape_yx}, the reach")
     prob_HW = np.full(core.shape_yx, INVALID, np.uint8)
-    window = resolve_window(valid_HW[core.within(outer)], core, halo_px, stride)
-    if window is None:
+    box = Window.around(valid_HW[core.within(outer)], core.row_off, core.col_off)
+    if box is None:
         return prob_HW, 0
+    window = reach(box, halo_px, stride)
     rows, cols = window.within(outer)
-    asked = core.intersect(window)
+    asked = box.snap(stride).intersect(core)
     try:
         prob_HW[asked.within(core)] = predict(image_CHW[:, rows, cols], valid_HW[rows, cols], asked.within(window))
     except TooLargeError:

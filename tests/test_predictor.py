@@ -9,12 +9,15 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from segpipe.models import predictor as predictor_module
 from segpipe.models import strips
 from segpipe.models.networks import Network, build_network, unet
 from segpipe.models.predictor import INVALID_U8, Precision, Predictor, device_recipe, fast_bfloat16, resolve_device
+from segpipe.models.strips import Core
 from segpipe.models.weights import Bundle, Card, Reach, load_bundle, save_bundle
 from segpipe.tasks.grid import Window
 from segpipe.tasks.predict import predict_core, reach
@@ -184,6 +187,41 @@ def test_cores_of_the_unpadded_network_equal_one_pass_over_the_whole_with_fill_a
         prob_HW, _ = predict_core(window_CHW, window_HW, core, 96, 16, predictor.predict)
         there = core.intersect(everything)
         assert np.array_equal(prob_HW[there.within(core)], expected_HW[there.within(everything)])
+
+
+@given(
+    top=st.integers(0, 63),
+    left=st.integers(0, 79),
+    height=st.integers(0, 64),
+    width=st.integers(0, 80),
+    row=st.integers(-3, 3),
+)
+def test_of_a_core_the_network_is_asked_for_what_is_valid_and_sees_a_halo_around_it(
+    top: int, left: int, height: int, width: int, row: int
+) -> None:
+    core, halo_px, stride = Window(row * 64, 80, 64, 80), 20, 16
+    outer = reach(core, halo_px, stride)
+    box = Window(core.row_off + top, core.col_off + left, height, width).intersect(core)
+    image_CHW = scene(*outer.shape_yx) // 2
+    valid_HW = np.zeros(outer.shape_yx, np.bool_)
+    valid_HW[box.within(outer)] = True
+    if box.pixels:
+        # What lies in the halo is seen, and not asked for.
+        valid_HW[0] = True
+    asked_px: list[int] = []
+
+    def first_band(seen_CHW: NDArray[np.uint8], seen_HW: NDArray[np.bool_], asked: Core) -> NDArray[np.uint8]:
+        tall, wide = seen_HW[asked].shape
+        asked_px.append(tall * wide)
+        assert tall < height + 2 * stride and wide < width + 2 * stride
+        for places, side, part in zip(np.nonzero(seen_HW[asked]), seen_HW.shape, asked, strict=True):
+            assert min(part.start + places.min(), side - 1 - part.start - places.max()) >= halo_px
+        return np.where(seen_HW[asked], seen_CHW[0][asked], np.uint8(INVALID_U8))
+
+    prob_HW, _ = predict_core(image_CHW, valid_HW, core, halo_px, stride, first_band)
+    assert len(asked_px) == (box.pixels > 0)
+    inner = core.within(outer)
+    assert np.array_equal(prob_HW, np.where(valid_HW[inner], image_CHW[0][inner], INVALID_U8))
 
 
 def test_the_unpadded_network_gives_no_answer_within_its_border(monkeypatch: pytest.MonkeyPatch) -> None:
