@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from .geopackage import CHANGES_LAYER, add_changes, read_rows, write_geopackage
 from .placing import find_published, place_geopackage
 from .plan import Plan
 from .progress import Listener, StageSums
-from .rows import BATCH_ROWS
+from .rows import BATCH_ROWS, made_ahead
 from .run_layers import about, add_run_layers
 from .run_rasters import writing_rasters
 from .stages import Receipt, Site, cell_unit, read_fragment, read_joined, tile_unit
@@ -84,7 +84,7 @@ def publish_all(config: CityConfig, plan: Plan, listener: Listener, homes: Cells
     geopackage = partial_path(folder / "buildings.gpkg")
     area = _Sum()
     with writing_rasters(site) as counts:
-        rows = batches_in_order(site, homes, _imagery(plan, counts.valid))
+        rows = made_ahead(batches_in_order(site, homes, _imagery(plan, counts.valid)))
         written = write_geopackage(geopackage, area.of(rows), plan.lattice.crs_wkt, about(plan))
     give_freed_memory_back()
     asked_for = plan.tiles if config.publish.tile_masks else ()
@@ -206,7 +206,7 @@ def _imagery(plan: Plan, valid: Window | None) -> Imagery:
     return Imagery(names, windows, valid if plan.area is None else None)
 
 
-def batches_in_order(site: Site, homes: Cells, imagery: Imagery) -> Iterator[pa.RecordBatch]:
+def batches_in_order(site: Site, homes: Cells, imagery: Imagery) -> Generator[pa.RecordBatch]:
     """All buildings that meet the area in the order of the lattice, in batches of at most BATCH_ROWS rows.
 
     Their outlines are as asked for, or raw where they would overlap a neighbour's. At most the buildings of the blocks

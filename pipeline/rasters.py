@@ -53,28 +53,26 @@ def write_cog(
     """Write the raster that covers window as a cloud-optimised GeoTIFF with overviews, and rename it to path.
 
     read gives uint8 pixels (height, width) of a part of window, 255 for nodata; it is called once per part, of block_px
-    x block_px rounded down to whole internal tiles. Areas of nothing but nodata take no space. The pixels are read back
-    and compared. look: what the values mean, and how they are shown. Raises RunError if that fails or the disk is full;
-    unfinished files are removed.
+    x block_px rounded down to whole internal tiles. Areas of nothing but nodata take no space. look: what the values
+    mean, and how they are shown. The pixels are read back and compared, and tiles of overviews looked for. Raises
+    RunError if that fails or the disk is full; unfinished files are removed.
     """
     if not window.pixels:
         raise ValueError(f"window of {window.height} x {window.width} px: a raster has at least one pixel")
     flat, cog = partial_path(path.with_stem(f"{path.stem}.flat")), partial_path(path)
-    parts = list(_parts(window, block_px))
     # Smooth values deflate better as differences; at level 6 they take twice as long to be 2 % smaller. Of masks LZW
     # makes less than deflate at level 6, in half the time.
     smooth = {"COMPRESS": "DEFLATE", "PREDICTOR": "YES", "LEVEL": "3"}
     options = {"BIGTIFF": "IF_SAFER", **(smooth if resampling == "average" else {"COMPRESS": "LZW"})}
     try:
         with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES, GDAL_NUM_THREADS="ALL_CPUS"):
-            checksum = _write_flat(flat, read, window, lattice, parts, compressed=resampling == "mode")
+            written = _write_flat(flat, read, window, lattice, block_px)
+            _add_overviews(flat, resampling)
             if look is not None:
-                _give_look(flat, look, resampling, max(window.shape_yx))
+                _give_look(flat, look)
             options |= {"BLOCKSIZE": str(TILE_PX), "SPARSE_OK": "YES"}
-            options["OVERVIEWS"] = "IGNORE_EXISTING" if look is None else "AUTO"
-            options["OVERVIEW_RESAMPLING"] = resampling.upper()
             rasterio.shutil.copy(flat, cog, driver="COG", **options)
-            _check_cog(cog, window, parts, checksum)
+            _check_cog(cog, written, block_px)
         cog.replace(path)
     except (rasterio.errors.RasterioError, CPLE_BaseError, OSError) as error:
         raise write_error(path, error) from error
@@ -113,53 +111,95 @@ def _parts(window: Window, block_px: int) -> Iterator[Window]:
             yield Window(row_off, col_off, step, step).intersect(window)
 
 
-def _write_flat(
-    path: Path,
-    read: Callable[[Window], NDArray[Any]],
-    window: Window,
-    lattice: Lattice,
-    parts: list[Window],
-    compressed: bool,
-) -> int:
-    """Write a tiled GeoTIFF without overviews, part by part; returns the checksum of its pixels.
+@dataclass
+class _Pixels:
+    """Of the pixels of a raster that have gone by, part by part: their checksum, and which internal tiles have data."""
 
-    Of smooth values deflate would save a third of the space for a minute, and take as long as all else.
+    window: Window
+    checksum: int = 0
+
+    def __post_init__(self) -> None:
+        self.tiles = np.zeros([-(-side // TILE_PX) for side in self.window.shape_yx], np.bool_)
+
+    def add(self, pixels_HW: NDArray[np.uint8], part: Window) -> None:
+        """Note the pixels of one more part of the window."""
+        self.checksum = zlib.crc32(pixels_HW.tobytes(), self.checksum)
+        for tile in _parts(part, TILE_PX):
+            has_data = bool((pixels_HW[tile.within(part)] != INVALID).any())
+            row, col = (side.start // TILE_PX for side in tile.within(self.window))
+            self.tiles[row, col] = has_data
+
+    def tiles_of_half(self) -> NDArray[np.bool_]:
+        """Which tiles have data in the raster at half the size."""
+        rows, cols = self.tiles.shape
+        padded = np.pad(self.tiles, [(0, rows % 2), (0, cols % 2)])
+        return padded[::2, ::2] | padded[1::2, ::2] | padded[::2, 1::2] | padded[1::2, 1::2]
+
+
+def _write_flat(
+    path: Path, read: Callable[[Window], NDArray[Any]], window: Window, lattice: Lattice, block_px: int
+) -> _Pixels:
+    """Write a tiled GeoTIFF without overviews, part by part.
+
+    It is not compressed, which would save space for a minute, and take as long as all else.
     """
     profile = {"driver": "GTiff", "dtype": "uint8", "count": 1, "height": window.height, "width": window.width}
     profile |= {"crs": rasterio.crs.CRS.from_wkt(lattice.crs_wkt), "nodata": INVALID}
     profile |= {"tiled": True, "blockxsize": TILE_PX, "blockysize": TILE_PX}
-    profile |= {"compress": "deflate", "zlevel": 1} if compressed else {}
     profile |= {"sparse_ok": True, "bigtiff": "IF_SAFER", "interleave": "pixel"}
-    checksum = 0
+    written = _Pixels(window)
     with rasterio.open(path, "w", transform=lattice.transform(window.row_off, window.col_off), **profile) as raster:
-        for part in parts:
+        for part in _parts(window, block_px):
             pixels_HW = np.asarray(read(part), np.uint8).reshape(part.shape_yx)
-            checksum = zlib.crc32(pixels_HW.tobytes(), checksum)
+            written.add(pixels_HW, part)
             if (pixels_HW != INVALID).any():
                 raster.write(pixels_HW, 1, window=_rasterio_window(part, window))
-    return checksum
+    return written
 
 
-def _give_look(path: Path, look: Look, resampling: Literal["mode", "average"], side_px: int) -> None:
-    """Overviews, then scale and colours: of a raster with a colour table GDAL would average colours, not values."""
-    factors = [2**n for n in range(1, 32) if side_px > TILE_PX * 2 ** (n - 1)]
-    if factors:
-        with rasterio.Env(SPARSE_OK_OVERVIEW="YES"), rasterio.open(path, "r+") as raster:
+def _add_overviews(path: Path, resampling: Literal["mode", "average"]) -> None:
+    """Those that the COG driver would add: it takes these, and would compress its own twice."""
+    with rasterio.Env(SPARSE_OK_OVERVIEW="YES"), rasterio.open(path, "r+") as raster:
+        if factors := _overviews(raster.shape):
             raster.build_overviews(factors, Resampling[resampling])
+
+
+def _overviews(shape_yx: tuple[int, int]) -> list[int]:
+    """By how much each overview is smaller: the last one is a tile."""
+    return [2**n for n in range(1, 32) if max(shape_yx) > TILE_PX * 2 ** (n - 1)]
+
+
+def _give_look(path: Path, look: Look) -> None:
+    """Scale and colours, after the overviews: with a colour table GDAL would average colours, not values."""
     with rasterio.open(path, "r+") as raster:
         raster.scales, raster.offsets = (look.scale,), (0.0,)
         raster.write_colormap(1, dict(look.colours))
 
 
-def _check_cog(path: Path, window: Window, parts: list[Window], checksum: int) -> None:
-    found = 0
+def _check_cog(path: Path, written: _Pixels, block_px: int) -> None:
+    """OSError where pixels are not those that were written, or tiles of an overview are missing.
+
+    GDAL only logs what fails when it closes a file: a full disk is first noticed here.
+    """
     with rasterio.open(path) as raster:
-        layout = raster.tags(ns="IMAGE_STRUCTURE").get("LAYOUT")
-        for part in parts:
-            found = zlib.crc32(raster.read(window=_rasterio_window(part, window)).tobytes(), found)
-    if layout != "COG" or found != checksum:
-        # GDAL only logs what fails when it closes a file: a full disk is first noticed here.
+        is_whole = raster.tags(ns="IMAGE_STRUCTURE").get("LAYOUT") == "COG"
+        is_whole &= raster.overviews(1) == _overviews(raster.shape)
+        found = _read_through(raster, block_px)
+    is_whole &= found.checksum == written.checksum
+    for level in range(len(_overviews(written.window.shape_yx)) if is_whole else 0):
+        expected = found.tiles_of_half()
+        with rasterio.open(path, overview_level=level) as raster:
+            found = _read_through(raster, block_px)
+        is_whole &= np.array_equal(found.tiles, expected)
+    if not is_whole:
         raise OSError("the pixels read back are not those that were written: the disk is full or faulty")
+
+
+def _read_through(raster: Any, block_px: int) -> _Pixels:
+    found = _Pixels(Window(0, 0, *raster.shape))
+    for part in _parts(found.window, block_px):
+        found.add(raster.read(1, window=_rasterio_window(part, found.window)), part)
+    return found
 
 
 def _rasterio_window(part: Window, window: Window) -> rasterio.windows.Window:

@@ -21,7 +21,7 @@ from segpipe.pipeline import changes, placing
 from segpipe.pipeline.beside import partial_path
 from segpipe.pipeline.geopackage import add_changes, read_rows, rows_digest, write_geopackage
 from segpipe.pipeline.placing import find_published, place_geopackage
-from segpipe.pipeline.rasters import write_cog
+from segpipe.pipeline.rasters import Look, write_cog
 from segpipe.pipeline.rows import BATCH_ROWS, SCHEMA
 from segpipe.tasks.errors import RunError
 from segpipe.tasks.grid import Lattice, Window
@@ -498,14 +498,24 @@ def test_areas_without_data_take_no_space_and_a_small_raster_needs_no_overview(t
         assert raster.read(1).tolist() == [[1]] * 7
 
 
-@pytest.mark.parametrize("size", [100_000, 700_000, 1_100_000], ids=["at once", "in the copy", "in the overviews"])
-def test_a_full_disk_is_found_out_and_the_old_raster_stays(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize("size", [100_000, 1_050_000, 1_100_000, 1_300_000])
+@pytest.mark.parametrize("look", [None, Look(0.004, {1: (9, 8, 7)})])
+def test_a_full_disk_is_found_out_and_the_old_raster_stays(tmp_path: Path, size: int, look: Look | None) -> None:
+    """Before the pixels are written, in their last bytes, and while overviews are."""
     path = tmp_path / "probability.tif"
     path.write_bytes(b"old")
     window = Window(0, 0, 1024, 1024)
     noise = np.random.default_rng(0).integers(0, 250, (1024, 1024), dtype=np.uint8)
     with largest_file(size), pytest.raises(RunError, match=r"probability\.tif: cannot be written"):
-        write_cog(path, lambda part: noise[part.within(window)], window, LATTICE, resampling="average", block_px=512)
+        write_cog(
+            path,
+            lambda part: noise[part.within(window)],
+            window,
+            LATTICE,
+            resampling="average",
+            block_px=512,
+            look=look,
+        )
     assert [left.name for left in tmp_path.iterdir()] == ["probability.tif"]
     assert path.read_bytes() == b"old"
 
