@@ -5,7 +5,9 @@
 Every row is measured in one go on one machine, so its ratios hold even where its speeds do not. Prints Markdown.
 repeat n stands for n x n copies of the city side by side. The predict task and the bare pass of the same network,
 precision, threads and window (on a tensor already in memory) are timed in one process. Peak memory is the resident set
-(RSS), sampled every 0.1 s.
+(RSS), sampled every 0.1 s. With --compiled compiled passes of the same network, in bfloat16 and without any halo, are
+timed before and after the run: what is left of the faster ones' speed is told of the run without its start, which is
+until its first task.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -27,6 +31,9 @@ import yaml
 from affine import Affine
 
 from segpipe.pipeline.allocator import WORKER_ENVIRONMENT
+
+COMPILED_PX, COMPILED_S = (1024, 2048), 10
+"""Sides of the windows of compiled passes, and how many seconds each is timed."""
 
 
 def repeat_tiles(tiles: Path, folder: Path, times: int) -> None:
@@ -128,37 +135,72 @@ def predict_and_bare(folder: Path, passes: int) -> tuple[float, float]:
     return mpx / statistics.median(task), mpx / statistics.median(bare)
 
 
+def compiled_passes(model: str) -> list[Callable[[], float]]:
+    """Each gives megapixels a second, the median of passes on a window of one size."""
+    import torch
+
+    from segpipe.models.fold import fold_batchnorm
+    from segpipe.models.weights import load_bundle
+    from segpipe.pipeline.plan import find_model
+
+    network = load_bundle(find_model(model, Path.cwd())).network.eval()
+    fold_batchnorm(network)
+    network = network.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    compiled = torch.compile(network, dynamic=False, options={"freezing": True})
+
+    def timed(side: int) -> float:
+        image_BCHW = torch.randn(1, 3, side, side).to(torch.bfloat16).to(memory_format=torch.channels_last)
+        seconds: list[float] = []
+        with torch.inference_mode():
+            compiled(image_BCHW)
+            while sum(seconds) < COMPILED_S:
+                start = time.perf_counter()
+                compiled(image_BCHW)
+                seconds.append(time.perf_counter() - start)
+        return side**2 / 1e6 / statistics.median(seconds)
+
+    return [partial(timed, side) for side in COMPILED_PX]
+
+
 @click.command()
 @click.argument("tiles", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--model", default="buildings-mobilenetv2", show_default=True)
 @click.option("--repeat", "repeats", multiple=True, type=int, default=(1, 2, 4), show_default=True)
 @click.option("--settings", default="{}", help="More of city.yaml, as YAML: '{grid: {block_px: 2048}}'.")
 @click.option("--passes", default=3, show_default=True, help="How often the task and the bare pass are timed.")
-def main(tiles: Path, model: str, repeats: tuple[int, ...], settings: str, passes: int) -> None:
+@click.option("--compiled", "against_compiled", is_flag=True, help="Time compiled passes before and after runs.")
+def main(tiles: Path, model: str, repeats: tuple[int, ...], settings: str, passes: int, against_compiled: bool) -> None:
     if WORKER_ENVIRONMENT.items() - os.environ.items():
         # The allocator reads its settings when a process starts: this one is to have those of the workers.
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | WORKER_ENVIRONMENT)
-    print(
-        "| city | valid Mpx | whole run, s | whole run, Mpx/s | predict task, Mpx/s of window | bare pass, Mpx/s |"
-        " task / bare | window px / valid px | driver, MiB | worker, MiB |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    compiled = compiled_passes(model) if against_compiled else []
+    columns = ["city", "valid Mpx", "whole run, s", "whole run, Mpx/s", "predict task, Mpx/s of window"]
+    columns += ["bare pass, Mpx/s", "task / bare", "window px / valid px", "driver, MiB", "worker, MiB"]
+    columns += ["start, s", "compiled, before and after, Mpx/s", "run without start / compiled"] if compiled else []
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for times in repeats:
         with tempfile.TemporaryDirectory(prefix="segpipe-bench-") as name:
             folder = Path(name)
             repeat_tiles(tiles, folder / "tiles", times)
             config = write_config(folder, model, yaml.safe_load(settings))
+            before = [timed() for timed in compiled]
+            begun = time.time()
             seconds, peak = run_and_watch(config)
+            after = [timed() for timed in compiled]
             records = [json.loads(line) for line in (folder / "run" / "tasks.jsonl").read_text().splitlines()]
             manifest = json.loads((folder / "run" / "manifest.json").read_text())
             mpx = manifest["counts"]["valid_px"] / 1e6
             seen = sum(r["values"]["seen_px"] for r in records if r["stage"] == "predict") / 1e6
             task, bare = predict_and_bare(folder, passes)
-            print(
-                f"| {times} x {times} | {mpx:.1f} | {seconds:.0f} | {mpx / seconds:.3f} | {task:.3f} | {bare:.3f} |"
-                f" {task / bare:.2f} | {seen / mpx:.2f} | {peak['driver']:.0f} | {peak['worker']:.0f} |",
-                flush=True,
-            )
+            cells = [f"{times} x {times}", f"{mpx:.1f}", f"{seconds:.0f}", f"{mpx / seconds:.3f}", f"{task:.3f}"]
+            cells += [f"{bare:.3f}", f"{task / bare:.2f}", f"{seen / mpx:.2f}"]
+            cells += [f"{peak['driver']:.0f}", f"{peak['worker']:.0f}"]
+            if compiled:
+                started = min(r["ended"] - r["seconds"] for r in records) - begun
+                fastest = max((one + other) / 2 for one, other in zip(before, after, strict=True))
+                told = ", ".join(f"{one:.3f} {other:.3f}" for one, other in zip(before, after, strict=True))
+                cells += [f"{started:.1f}", told, f"{mpx / (seconds - started) / fastest:.2f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
