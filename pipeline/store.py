@@ -25,6 +25,8 @@ from .ledger import as_json
 from .storage import Folder, folder_at
 
 STORE = "store.zarr"
+LEVELS = {"image": -1, "valid": 1, "probability": 1}
+"""Of zstd, by array. At level 1 aerial imagery takes 10 % less space, and twice as long to write and to read."""
 MOVING = f"{STORE}/moving.json"
 
 
@@ -256,7 +258,7 @@ def _write_metadata(folder: Folder, layout: Layout) -> None:
                 shape=shape,
                 dtype="uint8",
                 chunks=(*leading, chunk, chunk),
-                compressors=[ZstdCodec(level=1, checksum=True)],
+                compressors=[ZstdCodec(level=LEVELS[name], checksum=True)],
                 serializer=BytesCodec(),
                 fill_value=fills[name],
                 dimension_names=(*("band" for _ in leading), "y", "x"),
