@@ -4,7 +4,8 @@
 
 The script: all tiles in memory as one image, windows of 512 px that overlap by half, float32, the mean of what they
 say, one process with all threads, the whole mask polygonized at once and written with `to_file`. It knows no nodata,
-and neither joins nor cleans anything. Both get the same bundle and threshold. Prints Markdown.
+and neither joins nor cleans anything. Both get the same bundle and threshold. --repeat n maps n x n copies of the
+tiles side by side. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from affine import Affine
 from numpy.typing import NDArray
 from rasterio.crs import CRS
 from rasterio.merge import merge
+from run import repeat_tiles
 
 from segpipe.models.weights import Bundle, load_bundle
 from segpipe.pipeline.plan import find_model
@@ -87,12 +89,16 @@ def masks_of(image: Path, bundle: Bundle, model: str) -> tuple[NDArray[np.bool_]
 @click.command()
 @click.argument("tiles", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--model", default="buildings-mobilenetv2", show_default=True)
+@click.option("--repeat", default=1, show_default=True)
 @click.option(
     "--labelled", type=click.Path(exists=True, file_okay=False, path_type=Path), help="NAME_image, NAME_mask."
 )
-def main(tiles: Path, model: str, labelled: Path | None) -> None:
+def main(tiles: Path, model: str, repeat: int, labelled: Path | None) -> None:
     bundle = load_bundle(find_model(model, Path.cwd()))
     with tempfile.TemporaryDirectory() as scratch:
+        if repeat > 1:
+            repeat_tiles(tiles, Path(scratch) / "tiles", repeat)
+            tiles = Path(scratch) / "tiles"
         start = time.perf_counter()
         image_CHW, transform = merge(sorted(tiles.glob("*.tif")))
         with rasterio.open(next(tiles.glob("*.tif"))) as dataset:

@@ -19,6 +19,8 @@ def load(script: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
+    # As Python does for a script: one may import another.
+    monkeypatch.syspath_prepend(script.parent)
     spec.loader.exec_module(module)
     return module
 
