@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Literal
 from xml.etree import ElementTree
 
 import numpy as np
@@ -496,6 +497,21 @@ def test_areas_without_data_take_no_space_and_a_small_raster_needs_no_overview(t
     write_cog(path, lambda part: np.ones(part.shape_yx), Window(0, 0, 7, 1), LATTICE, resampling="mode", block_px=512)
     with rasterio.open(path) as raster:
         assert raster.read(1).tolist() == [[1]] * 7
+
+
+@pytest.mark.parametrize("shape_yx", [(2100, 1537), (5000, 3), (3, 5000), (1, 1)])
+@pytest.mark.parametrize("resampling", ["mode", "average"])
+def test_a_raster_of_any_shape_with_a_few_valid_pixels_is_found_whole(
+    tmp_path: Path, shape_yx: tuple[int, int], resampling: Literal["mode", "average"]
+) -> None:
+    window, rng = Window(0, 0, *shape_yx), np.random.default_rng(0)
+    pixels = np.full(shape_yx, 255, np.uint8)
+    pixels[tuple(rng.integers(0, side, 5) for side in shape_yx)] = 1
+    pixels[-1, -1] = 0
+    path = tmp_path / "mask.tif"
+    write_cog(path, lambda part: pixels[part.within(window)], window, LATTICE, resampling=resampling, block_px=1024)
+    with rasterio.open(path) as raster:
+        np.testing.assert_array_equal(raster.read(1), pixels)
 
 
 @pytest.mark.parametrize("size", [100_000, 1_050_000, 1_100_000, 1_300_000])
