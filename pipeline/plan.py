@@ -519,12 +519,13 @@ def _check_disk(folder: Folder, tiles: Sequence[Tile], bands: int, seen: Window)
 
 
 def disk_bytes(tiles: Sequence[Tile], bands: int, seen: Window) -> int:
-    """What a run folder takes at most, while its rasters are written: image, probability, and this twice as a raster.
+    """What a run folder takes at most, while the mask is written: image, probability, this as a raster, footprints.
 
     seen: the window in which chunks lie. bands: of the image; 0 leaves it out.
     """
-    # Probabilities took 0.8 bytes a pixel in the store, 1.4 as a raster that is not compressed, and 0.75 as a COG.
-    return int(sum(tile.cover.intersect(seen).pixels for tile in tiles) * (bands + 3)) + 16 * 2**20
+    # Bytes a pixel: imagery hardly gets smaller; probabilities took 0.8 in the store and 0.75 as a COG, a raster that is
+    # not compressed 1.4 with its overviews, and all else, of a town as dense as one can be, 0.5.
+    return int(sum(tile.cover.intersect(seen).pixels for tile in tiles) * (bands + 3.5)) + 16 * 2**20
 
 
 def key_of(*parts: object) -> str:

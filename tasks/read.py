@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 MaskKind = Literal["none", "per_dataset", "alpha"]
 Invalid = Callable[["Tile", Window], NDArray[np.bool_] | None]
 
-OPEN_TILES = 64  # datasets that a thread keeps open: those under one block, so what was scanned is not decoded again
+OPEN_TILES = 32  # datasets that a thread keeps open: those under a block, so what was scanned is not decoded again
 GDAL_OPTIONS: dict[str, Any] = {
     # rasterio takes bytes, as a number; GDAL's own default of 5 % of the machine's memory would be each process's.
     "GDAL_CACHEMAX": 256 * 2**20,
