@@ -523,8 +523,8 @@ def disk_bytes(tiles: Sequence[Tile], bands: int, seen: Window) -> int:
 
     seen: the window in which chunks lie. bands: of the image; 0 leaves it out.
     """
-    # Bytes a pixel: imagery hardly gets smaller; probabilities took 0.8 in the store and 0.75 as a COG, a raster that is
-    # not compressed 1.4 with its overviews, and all else, of a town as dense as one can be, 0.5.
+    # Bytes a pixel: imagery hardly gets smaller; probabilities took 0.8 in the store and 0.75 as a COG, a raster that
+    # is not compressed 1.4 with its overviews, and all else, of a town as dense as one can be, 0.5.
     return int(sum(tile.cover.intersect(seen).pixels for tile in tiles) * (bands + 3.5)) + 16 * 2**20
 
 
