@@ -18,7 +18,7 @@ import importlib.util
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,8 +111,11 @@ def map_blocks(config: CityConfig, plan: Plan, listener: Listener) -> Measured:
     published = None
     if importlib.util.find_spec("pyogrio"):
         from segpipe.pipeline.publish import publish_all
+        from segpipe.pipeline.run_rasters import Rasters
+        from segpipe.pipeline.stages import Site
 
-        publish_all(config, plan, listener, homes, {})
+        with closing(Rasters(Site(plan))) as rasters:
+            publish_all(config, plan, listener, homes, {}, rasters)
         published = time.monotonic() - vectors
     return Measured(started - begun, stored - started, vectors - stored, published, dict(listener.device))
 

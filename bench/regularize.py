@@ -134,7 +134,7 @@ def truth_table(folder: Path) -> None:
                 "raw": simple.raw,
                 "simplified by 0.3 m": simple.geometry,
                 f"orthogonal ({(regular.form == 2).mean():.0%} of them)": regular.geometry,
-                "orthogonal, kept apart": keep_apart(regular, [], lattice).geometry,
+                "orthogonal, kept apart": keep_apart(regular, Buildings.empty(), lattice).geometry,
             }
             if LIBRARY:
                 rows["buildingregulariser"] = by_library(simple.raw, lattice.pixel_size, 1)[0]
@@ -173,7 +173,7 @@ def seconds_table(folder: Path, count: int) -> None:
     print(f"orthogonal, {count:,} buildings, one process: {time.perf_counter() - start:.1f} s")
     start = time.perf_counter()
     for first in range(0, count, 5000):
-        keep_apart(some.take(np.arange(first, min(count, first + 5000))), [], lattice)
+        keep_apart(some.take(np.arange(first, min(count, first + 5000))), Buildings.empty(), lattice)
     print(f"kept apart: {time.perf_counter() - start:.1f} s")
     few = some.raw[: min(count, 5000)]
     for cores in (1, 0) if LIBRARY else ():
@@ -196,7 +196,8 @@ def made_up(count: int, lattice: Lattice) -> Iterator[pa.RecordBatch]:
                  for name in ("geometry", "raw")}  # fmt: skip
         values = {name: getattr(first, name) for name in first.__dataclass_fields__} | moved
         cell = Buildings(**values | {"key_col": first.key_col + shift}).take(np.arange(min(len(first), count - done)))
-        batch = publishable(keep_apart(cell, [], lattice), lattice, Imagery(["a"], [Window(0, 0, 1600, 10**9)]))
+        apart = keep_apart(cell, Buildings.empty(), lattice)
+        batch = publishable(apart, lattice, Imagery(["a"], [Window(0, 0, 1600, 10**9)]))
         done += len(cell)
         for start in range(0, len(batch), BATCH_ROWS):
             yield batch.slice(start, BATCH_ROWS)

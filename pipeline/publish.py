@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Generator, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from segpipe.tasks.ahead import in_order
 from segpipe.tasks.attributes import Imagery, publishable
 from segpipe.tasks.files import tile_name
 from segpipe.tasks.fragments import finished_from_bytes
 from segpipe.tasks.grid import Cells, Window
-from segpipe.tasks.neighbours import bounds_of, keep_apart
+from segpipe.tasks.neighbours import bounds_of, keep_apart, meeting
 from segpipe.tasks.regularize import REACH_PX
 from segpipe.tasks.vectorize import Buildings
 
@@ -31,15 +32,18 @@ from .geopackage import CHANGES_LAYER, add_changes, read_rows, write_geopackage
 from .placing import find_published, place_geopackage
 from .plan import Plan
 from .progress import Listener, StageSums
-from .rows import BATCH_ROWS, made_ahead
+from .rows import BATCH_ROWS
 from .run_layers import about, add_run_layers
-from .run_rasters import writing_rasters
+from .run_rasters import Rasters
 from .stages import Receipt, Site, cell_unit, read_fragment, read_joined, tile_unit
 from .storage import write_bytes
 from .tile_masks import write_tile_masks
 
 ORDER_CELL_PX = 4096
 """Buildings are published cell by cell of the lattice, row by row, and in a cell by first pixel: whatever the cut."""
+
+CELLS_AHEAD = 2
+"""Cells whose buildings are kept apart while those of the one before are written."""
 
 RIM_PX = 64
 """So far from the sides of its block a building is hardly ever met by one of another block."""
@@ -73,19 +77,20 @@ class Published:
     files: tuple[str, ...]
 
 
-def publish_all(config: CityConfig, plan: Plan, listener: Listener, homes: Cells, skipped: dict[int, str]) -> Published:
-    """Write GeoPackage and rasters beside, check them, and rename them into place."""
+def publish_all(
+    config: CityConfig, plan: Plan, listener: Listener, homes: Cells, skipped: dict[int, str], rasters: Rasters
+) -> Published:
+    """Write the GeoPackage beside while the rasters are written, check it, and rename it into place."""
     start = time.perf_counter()
     listener.expect("publish", 1)
-    manifest.revoke(plan.folder)
     write_bytes(plan.output / "city.yaml", config.resolved_yaml().encode())
     site, folder = Site(plan), plan.output
     give_freed_memory_back()
     geopackage = partial_path(folder / "buildings.gpkg")
-    area = _Sum()
-    with writing_rasters(site) as counts:
-        rows = made_ahead(batches_in_order(site, homes, _imagery(plan, counts.valid)))
-        written = write_geopackage(geopackage, area.of(rows), plan.lattice.crs_wkt, about(plan))
+    area, counts = _Sum(), rasters.go_on()
+    rows = batches_in_order(site, homes, _imagery(plan, counts.valid))
+    written = write_geopackage(geopackage, area.of(rows), plan.lattice.crs_wkt, about(plan))
+    rasters.finish()
     give_freed_memory_back()
     asked_for = plan.tiles if config.publish.tile_masks else ()
     tile_masks = write_tile_masks(folder, folder / "mask.tif", asked_for, plan.lattice)
@@ -206,27 +211,16 @@ def _imagery(plan: Plan, valid: Window | None) -> Imagery:
     return Imagery(names, windows, valid if plan.area is None else None)
 
 
-def batches_in_order(site: Site, homes: Cells, imagery: Imagery) -> Generator[pa.RecordBatch]:
+def batches_in_order(site: Site, homes: Cells, imagery: Imagery) -> Iterator[pa.RecordBatch]:
     """All buildings that meet the area in the order of the lattice, in batches of at most BATCH_ROWS rows.
 
-    Their outlines are as asked for, or raw where they would overlap a neighbour's. At most the buildings of the blocks
-    under one cell of the order are held, those beside it that touch the bounds of one of its own, and those at the rims
-    of RIM_BLOCKS blocks.
+    Their outlines are as asked for, or raw where they would overlap a neighbour's.
     """
     plan = site.plan
-    neighbours, blocks = _Neighbours(site, homes), _Blocks(site, homes)
     held: list[pa.RecordBatch] = []
     rows = 0
-    for cell in plan.layout.grid.cells(ORDER_CELL_PX):
-        window = Window.cell(*cell, ORDER_CELL_PX)
-        under = [block for block in window.intersect(plan.layout.grid).cells(plan.block_px) if plan.is_predicted(block)]
-        found = Buildings.concatenate([_first_pixel_in(part, window) for part in blocks.all_of(under)])
-        if plan.vector.simplify_m or plan.vector.regularize != "none":
-            beside = blocks.meeting(bounds_of(found), neighbours.blocks(found))
-            near = (_first_pixel_in(part, window, False) for part in beside)
-            found = keep_apart(found, near, plan.lattice)
-        if plan.area is not None:
-            found = found.take(plan.area.meets(found.geometry))
+    for apart in in_order(lambda cell: keep_apart(*cell, plan.lattice), _cells_in_order(site, homes), CELLS_AHEAD):
+        found = apart if plan.area is None else apart.take(plan.area.meets(apart.geometry))
         found = found.take(np.lexsort((found.key_col, found.key_row)))
         batch = publishable(found, plan.lattice, imagery)
         while len(batch):
@@ -239,6 +233,23 @@ def batches_in_order(site: Site, homes: Cells, imagery: Imagery) -> Generator[pa
                 held, rows = [], 0
     if held:
         yield _one(held)
+
+
+def _cells_in_order(site: Site, homes: Cells) -> Iterator[tuple[Buildings, Buildings]]:
+    """The buildings of each cell of the order, and all others that may be in their way.
+
+    At most the buildings of the blocks under one cell are held, those beside it that touch the bounds of one of its
+    own, and those at the rims of RIM_BLOCKS blocks.
+    """
+    plan = site.plan
+    neighbours, blocks = _Neighbours(site, homes), _Blocks(site, homes)
+    may_overlap = bool(plan.vector.simplify_m) or plan.vector.regularize != "none"
+    for cell in plan.layout.grid.cells(ORDER_CELL_PX):
+        window = Window.cell(*cell, ORDER_CELL_PX)
+        under = [block for block in window.intersect(plan.layout.grid).cells(plan.block_px) if plan.is_predicted(block)]
+        found = Buildings.concatenate([_first_pixel_in(part, window) for part in blocks.all_of(under)])
+        beside = blocks.meeting(bounds_of(found), neighbours.blocks(found)) if may_overlap else ()
+        yield found, meeting(found, (_first_pixel_in(part, window, False) for part in beside))
 
 
 class _Blocks:

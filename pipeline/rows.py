@@ -6,9 +6,7 @@ Nothing is held as a whole: rows stream through in Arrow batches.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,15 +32,6 @@ class Written:
     features: int
     digest: str
     bounds: tuple[float, float, float, float] | None
-
-
-def made_ahead(batches: Generator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The same batches, each made in a thread while the one before is on its way."""
-    with closing(batches), ThreadPoolExecutor(1, "rows") as thread:
-        coming = thread.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = thread.submit(next, batches, None)
-            yield batch
 
 
 class CheckedStream:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter, defaultdict
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from .lock import locked
 from .plan import Plan, make_plan
 from .progress import Listener, told_of_device, watching
 from .publish import Published
+from .run_rasters import Rasters
 from .run_report import write_preview_and_report
 from .stac_item import write_item
 from .stages import Site, forget_damaged
@@ -172,19 +173,21 @@ def run_plan(
         listener.expect(stage, sum(1 for _ in plan.blocks()))
     for passes_left in (2, 1, 0):
         try:
-            with open_pool(plan, cluster) as pool, pool.reporting(performance):
-                if pool.dashboard:
-                    listener.say(f"{'dashboard':>10}  {pool.dashboard}")
-                with listener.showing():
-                    skipped = carry_all(plan, pool, listener)
-                    homes = run_joins(plan, pool, listener)
-                if listener.device:
-                    listener.say(f"{'device':>10}  {told_of_device(listener.device)}")
-                if (use := pool.gpu_use()) is not None:
-                    listener.say(told_of_gpus(use))
-                    plan = replace(plan, notes=(*plan.notes, told_of_gpus(use)))
-            fetch(plan)
-            return publish.publish_all(config, plan, listener, homes, skipped)
+            with ExitStack() as publishing:
+                with open_pool(plan, cluster) as pool, pool.reporting(performance):
+                    if pool.dashboard:
+                        listener.say(f"{'dashboard':>10}  {pool.dashboard}")
+                    with listener.showing():
+                        skipped = carry_all(plan, pool, listener)
+                        rasters = publishing.enter_context(closing(Rasters(Site(plan))))
+                        homes = run_joins(plan, pool, listener)
+                    if listener.device:
+                        listener.say(f"{'device':>10}  {told_of_device(listener.device)}")
+                    if (use := pool.gpu_use()) is not None:
+                        listener.say(told_of_gpus(use))
+                        plan = replace(plan, notes=(*plan.notes, told_of_gpus(use)))
+                fetch(plan)
+                return publish.publish_all(config, plan, listener, homes, skipped, rasters)
         except DamageError as error:
             if not passes_left:
                 raise

@@ -1,11 +1,10 @@
-"""The rasters of a run: probability.tif and mask.tif, written in a thread of their own beside the footprints."""
+"""The rasters of a run: probability.tif and mask.tif, written in a thread beside the joins and the footprints."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -48,66 +47,84 @@ class Counts:
         )
 
 
-@contextmanager
-def writing_rasters(site: Site) -> Iterator[Counts]:
-    """Write probability.tif and mask.tif beside what is done in the block; both are in place when it ends.
+class Rasters:
+    """The rasters of a run on their way, in a thread: nothing is in place until they may go on.
 
-    The block begins when all probabilities have been read, and counted. RunError if a raster cannot be written. Where
-    the block fails, what is being written is given up, at the end of the step that GDAL is at.
+    Before that all probabilities are read into a file beside, while workers may still be at work. GDAL's own steps
+    come after: some hold the interpreter, on which the scheduler of the workers would wait.
     """
-    counted: Future[Counts] = Future()
-    given_up = threading.Event()
-    with ThreadPoolExecutor(1, "rasters") as thread:
-        writing = thread.submit(_write_rasters, site, counted, given_up)
-        either: tuple[Future[Any], ...] = (counted, writing)
-        try:
-            wait(either, return_when=FIRST_COMPLETED)
-            if not counted.done():
-                writing.result()
-            yield counted.result()
-            writing.result()
-        finally:
-            given_up.set()
 
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._counted: Future[Counts] = Future()
+        self._may_go_on, self._given_up = threading.Event(), threading.Event()
+        self._thread = ThreadPoolExecutor(1, "rasters")
+        self._written = self._thread.submit(self._write)
 
-def _write_rasters(site: Site, counted: Future[Counts], given_up: threading.Event) -> None:
-    plan = site.plan
-    folder, threshold_u8, missing_px = plan.output, plan.vector.threshold_u8, plan.bounds.pixels
-    block_px, counts = min(plan.block_px, MOST_PART_PX), Counts()
+    def go_on(self) -> Counts:
+        """Let them be finished; gives what was counted, when all is read. RunError if that fails."""
+        self._may_go_on.set()
+        either: tuple[Future[Any], ...] = (self._counted, self._written)
+        wait(either, return_when=FIRST_COMPLETED)
+        if not self._counted.done():
+            self._written.result()
+        return self._counted.result()
 
-    def go_on() -> None:
-        if given_up.is_set():
+    def finish(self) -> None:
+        """Wait until both are in place. RunError if one cannot be written."""
+        self._written.result()
+
+    def close(self) -> None:
+        """Give up what is not finished, at the end of the step that GDAL is at."""
+        self._given_up.set()
+        self._may_go_on.set()
+        self._thread.shutdown()
+
+    def _write(self) -> None:
+        plan = self._site.plan
+        folder, block_px = plan.output, min(plan.block_px, MOST_PART_PX)
+        colours = {value: ramp_rgb(value * PROBABILITY_SCALE) for value in range(FULL_U8 + 1)}
+        write_cog(
+            folder / "probability.tif",
+            self._counting(plan.bounds.pixels, plan.vector.threshold_u8),
+            plan.bounds,
+            plan.lattice,
+            resampling="average",
+            block_px=block_px,
+            look=Look(PROBABILITY_SCALE, colours),
+        )
+        write_bytes(folder / "probability.qml", PROBABILITY_QML.encode())
+        give_freed_memory_back()
+        # From the raster, which has been compared with what was read: the store is read once, chunk by chunk.
+        with reading_cog(folder / "probability.tif", plan.bounds) as read:
+
+            def read_mask(window: Window) -> NDArray[np.uint8]:
+                self._stop_if_given_up()
+                return _mask_or_invalid(read(window), plan.vector.threshold_u8)
+
+            write_cog(folder / "mask.tif", read_mask, plan.bounds, plan.lattice, resampling="mode", block_px=block_px)
+        give_freed_memory_back()
+
+    def _counting(self, missing_px: int, threshold_u8: int) -> Callable[[Window], NDArray[np.uint8]]:
+        """Reads probabilities, which are counted; the last ones come when the rasters may go on."""
+        counts = Counts()
+
+        def read(window: Window) -> NDArray[np.uint8]:
+            nonlocal counts, missing_px
+            self._stop_if_given_up()
+            prob_HW = read_in_area(self._site, window)
+            counts, missing_px = counts.with_part(prob_HW, window, threshold_u8), missing_px - window.pixels
+            if not missing_px:
+                self._counted.set_result(counts)
+                self._may_go_on.wait()
+                self._stop_if_given_up()
+            return prob_HW
+
+        return read
+
+    def _stop_if_given_up(self) -> None:
+        if self._given_up.is_set():
             raise RunError("given up")
-
-    def read_counted(window: Window) -> NDArray[np.uint8]:
-        nonlocal counts, missing_px
-        go_on()
-        prob_HW = read_in_area(site, window)
-        counts, missing_px = counts.with_part(prob_HW, window, threshold_u8), missing_px - window.pixels
-        if not missing_px:
-            counted.set_result(counts)
-        return prob_HW
-
-    write_cog(
-        folder / "probability.tif",
-        read_counted,
-        plan.bounds,
-        plan.lattice,
-        resampling="average",
-        block_px=block_px,
-        look=Look(PROBABILITY_SCALE, {value: ramp_rgb(value * PROBABILITY_SCALE) for value in range(FULL_U8 + 1)}),
-    )
-    write_bytes(folder / "probability.qml", PROBABILITY_QML.encode())
-    give_freed_memory_back()
-    # From the raster, which has been compared with what was read: the store is read once, chunk by chunk.
-    with reading_cog(folder / "probability.tif", plan.bounds) as read:
-
-        def read_mask(window: Window) -> NDArray[np.uint8]:
-            go_on()
-            return _mask_or_invalid(read(window), threshold_u8)
-
-        write_cog(folder / "mask.tif", read_mask, plan.bounds, plan.lattice, resampling="mode", block_px=block_px)
-    give_freed_memory_back()
 
 
 def _mask_or_invalid(prob_HW: NDArray[np.uint8], threshold_u8: int) -> NDArray[np.uint8]:

@@ -10,17 +10,16 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Literal
 
+from .ahead import Found, Item, in_order
 from .errors import SegpipeError, StorageError, TileError, UnreachableError, UserError
 
 if TYPE_CHECKING:
@@ -35,9 +34,6 @@ AT_ONCE = 16
 """Requests to a bucket under way where many are made."""
 UPLOAD_PART_BYTES = 2**25
 """Files up to this size are sent in one request; of larger ones, this much is held for each of two parts."""
-
-Item = TypeVar("Item")
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -306,17 +302,7 @@ class BucketFolder:
 
     def each(self, function: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
         """What a function gives for each item, in their order, while some of the next are under way."""
-        waiting: deque[Future[Found]] = deque()
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            try:
-                for item in items:
-                    waiting.append(pool.submit(function, item))
-                    if len(waiting) >= AT_ONCE:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        return in_order(function, items, AT_ONCE)
 
     def opened(self, folder: str) -> S3Store:
         """The folder in it as Zarr takes it."""

@@ -23,19 +23,11 @@ PAIRS_AT_ONCE = 1024
 """Pairs whose outlines are held in coordinates of the CRS at a time, each once."""
 
 
-def keep_apart(buildings: Buildings, around: Iterable[Buildings], lattice: Lattice) -> Buildings:
-    """Buildings as they are to be published, among themselves and between those around them.
-
-    around: all others that may overlap one of them, in any number of parts; of each only those are held whose bounds
-    meet those of one of the buildings.
-    """
+def keep_apart(buildings: Buildings, others: Buildings, lattice: Lattice) -> Buildings:
+    """Buildings as they are to be published, among themselves and between others: all that `meeting` finds."""
     if not len(buildings):
         return buildings
-    bounds = bounds_of(buildings)
-    tree = shapely.STRtree(shapely.box(*bounds.T))
-    near = [_meeting(part, tree, bounds) for part in around if len(part)]
-    others = Buildings.concatenate([buildings, *near])
-    blocked = _in_the_way(buildings, others, lattice)
+    blocked = _in_the_way(buildings, Buildings.concatenate([buildings, others]), lattice)
     if not blocked.any():
         return buildings
     return replace(
@@ -43,6 +35,13 @@ def keep_apart(buildings: Buildings, around: Iterable[Buildings], lattice: Latti
         geometry=np.where(blocked, buildings.raw, buildings.geometry),
         form=np.where(blocked, np.int8(FORMS.index("raw")), buildings.form),
     )
+
+
+def meeting(buildings: Buildings, around: Iterable[Buildings]) -> Buildings:
+    """Those whose bounds meet the bounds of one of the buildings, of others in any number of parts, held one by one."""
+    bounds = bounds_of(buildings)
+    tree = shapely.STRtree(shapely.box(*bounds.T))
+    return Buildings.concatenate([_meeting(part, tree, bounds) for part in around if len(part) and len(buildings)])
 
 
 def _meeting(part: Buildings, tree: shapely.STRtree, bounds: NDArray[np.float64]) -> Buildings:

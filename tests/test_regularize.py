@@ -9,7 +9,7 @@ from masks import LATTICE, THOROUGH, THRESHOLD, cities, cut, reader, vectorize_i
 from shapely.affinity import rotate, translate
 
 from segpipe.tasks.grid import Window
-from segpipe.tasks.neighbours import bounds_of, keep_apart
+from segpipe.tasks.neighbours import bounds_of, keep_apart, meeting
 from segpipe.tasks.outlines import Geometries
 from segpipe.tasks.regularize import REACH_PX, iou, orthogonal
 from segpipe.tasks.vectorize import FORMS, Buildings, VectorSettings, finish, mask_of, polygonize, to_crs
@@ -138,7 +138,7 @@ def crowded(draw: st.DrawFn) -> tuple[np.ndarray, Window, int]:
 def test_published_outlines_overlap_nowhere_and_give_way_only_where_they_must(city, chosen) -> None:
     prob, window, _ = city
     before = buildings_of(prob, window, chosen)
-    after = keep_apart(before, [], LATTICE)
+    after = keep_apart(before, Buildings.empty(), LATTICE)
     published, raw, wished = (to_crs(it, LATTICE) for it in (after.geometry, before.raw, before.geometry))
     assert not overlapping(published)
     for index, form in enumerate(after.form.tolist()):
@@ -169,13 +169,14 @@ def test_crowded_houses_do_overlap_before_they_are_kept_apart() -> None:
 def test_who_gives_way_does_not_depend_on_the_order_nor_on_where_one_looks_from(city) -> None:
     prob, window, seed = city
     buildings = buildings_of(prob, window)
-    whole = keep_apart(buildings, [], LATTICE).to_arrow()
+    whole = keep_apart(buildings, Buildings.empty(), LATTICE).to_arrow()
     rng = np.random.default_rng(seed)
     part = rng.integers(0, 3, len(buildings))
     parts = []
     for number in range(3):
+        some = buildings.take(part == number)
         others = [buildings.take(part == other) for other in rng.permutation(3) if other != number]
-        parts.append(keep_apart(buildings.take(part == number), others, LATTICE))
+        parts.append(keep_apart(some, meeting(some, others), LATTICE))
     found = Buildings.concatenate(parts)
     assert found.take(np.lexsort((found.key_col, found.key_row))).to_arrow().equals(whole)
 

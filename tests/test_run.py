@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -318,7 +318,7 @@ def test_a_stop_while_footprints_are_written_gives_the_rasters_up_that_are_writt
 ) -> None:
     folder, stopped = city.folder / "run", threading.Event()
     with monkeypatch.context() as patch:
-        write_cog = run_rasters.write_cog
+        write_cog, whole_close = run_rasters.write_cog, run_rasters.Rasters.close
 
         def write_later(path: Path, read: Callable[[Window], Any], *arguments: Any, **options: Any) -> None:
             def read_later(window: Window) -> Any:
@@ -327,16 +327,16 @@ def test_a_stop_while_footprints_are_written_gives_the_rasters_up_that_are_writt
 
             write_cog(path, read_later, *arguments, **options)
 
-        class GivenUp(threading.Event):
-            def set(self) -> None:
-                super().set()
-                stopped.set()
+        def close(rasters: run_rasters.Rasters) -> None:
+            rasters._given_up.set()
+            stopped.set()
+            whole_close(rasters)
 
         def stop(*_: Any) -> None:
             raise KeyboardInterrupt
 
         patch.setattr(run_rasters, "write_cog", write_later)
-        patch.setattr(run_rasters, "threading", SimpleNamespace(Event=GivenUp))
+        patch.setattr(run_rasters.Rasters, "close", close)
         patch.setattr(run.publish, "write_geopackage", stop)
         with pytest.raises(KeyboardInterrupt):
             map_it(city.config)
@@ -344,6 +344,29 @@ def test_a_stop_while_footprints_are_written_gives_the_rasters_up_that_are_writt
     assert not (folder / "mask.tif").exists()
     assert not list(folder.rglob("*partial*"))
     assert not [it.name for it in threading.enumerate() if it.name.startswith("rasters")]
+
+
+def test_what_was_published_stays_until_all_buildings_are_joined(mapped: City, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, read = mapped.folder / "run", threading.Event()
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in {".tif", ".gpkg", ".html"}}
+    with monkeypatch.context() as patch:
+        counted = run_rasters.Counts.with_part
+
+        def count(*arguments: Any) -> run_rasters.Counts:
+            read.set()
+            return counted(*arguments)
+
+        def join(*_: Any) -> Any:
+            assert read.wait(60), "rasters begin beside the joins"
+            raise RunError("joining failed")
+
+        patch.setattr(run_rasters.Counts, "with_part", count)
+        patch.setattr(run, "run_joins", join)
+        with pytest.raises(RunError, match="joining failed"):
+            map_it(mapped.config, "vectorize.threshold=0.6")
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert nothing_changed(load_city(mapped.config)) is not None
+    assert not list(folder.rglob("*partial*"))
 
 
 @pytest.mark.parametrize("name", ["probability.tif", "mask.tif"])
