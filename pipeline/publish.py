@@ -42,8 +42,8 @@ from .tile_masks import write_tile_masks
 ORDER_CELL_PX = 4096
 """Buildings are published cell by cell of the lattice, row by row, and in a cell by first pixel: whatever the cut."""
 
-CELLS_AHEAD = 2
-"""Cells whose buildings are kept apart while those of the one before are written."""
+CELLS_AT_ONCE = 2
+"""Cells whose buildings are kept apart at once, while those of the one before are written."""
 
 RIM_PX = 64
 """So far from the sides of its block a building is hardly ever met by one of another block."""
@@ -219,7 +219,7 @@ def batches_in_order(site: Site, homes: Cells, imagery: Imagery) -> Iterator[pa.
     plan = site.plan
     held: list[pa.RecordBatch] = []
     rows = 0
-    for apart in in_order(lambda cell: keep_apart(*cell, plan.lattice), _cells_in_order(site, homes), CELLS_AHEAD):
+    for apart in in_order(lambda cell: keep_apart(*cell, plan.lattice), _cells_in_order(site, homes), CELLS_AT_ONCE):
         found = apart if plan.area is None else apart.take(plan.area.meets(apart.geometry))
         found = found.take(np.lexsort((found.key_col, found.key_row)))
         batch = publishable(found, plan.lattice, imagery)

@@ -123,7 +123,7 @@ class _Pixels:
 
     def add(self, pixels_HW: NDArray[np.uint8], part: Window) -> None:
         """Note the pixels of one more part of the window."""
-        self.checksum = zlib.crc32(pixels_HW.tobytes(), self.checksum)
+        self.checksum = zlib.crc32(np.ascontiguousarray(pixels_HW).data, self.checksum)
         for tile in _parts(part, TILE_PX):
             has_data = bool((pixels_HW[tile.within(part)] != INVALID).any())
             row, col = (side.start // TILE_PX for side in tile.within(self.window))

@@ -23,7 +23,7 @@ from .stages import Site, read_probability
 from .storage import write_bytes
 from .styles import PROBABILITY_QML, ramp_rgb
 
-MOST_PART_PX = 4096
+MOST_PART_PX = 2048
 """Side of the parts that rasters are read and written in, at most."""
 
 

@@ -12,7 +12,7 @@ Found = TypeVar("Found")
 
 
 def in_order(function: Callable[[Item], Found], items: Iterable[Item], at_once: int) -> Iterator[Found]:
-    """What a function gives for each item, in their order, while so many of the next are under way.
+    """What a function gives for each item, in their order, so many at once in threads of their own.
 
     Items are drawn in the thread that asks for what was found, and no more of them than are under way.
     """
@@ -21,7 +21,7 @@ def in_order(function: Callable[[Item], Found], items: Iterable[Item], at_once: 
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
-                if len(waiting) > at_once:
+                if len(waiting) >= at_once:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -104,8 +104,9 @@ class Components:
     @classmethod
     def from_arrow(cls, batch: pa.RecordBatch) -> Self:
         """The inverse of to_arrow."""
-        columns = {field.name: batch.column(field.name).to_numpy(zero_copy_only=False) for field in fields(cls)}
-        return cls(**columns | {name: _from_wkb(columns[name]) for name in _GEOMETRIES if name in columns})
+        columns: dict[str, Any] = {field.name: batch.column(field.name) for field in fields(cls)}
+        columns |= {name: (_from_wkb if name in _GEOMETRIES else _values)(it) for name, it in columns.items()}
+        return cls(**columns)
 
     def to_arrow(self) -> pa.RecordBatch:
         """A column per field, geometries as little-endian WKB."""
@@ -120,6 +121,8 @@ class Components:
 
 
 _GEOMETRIES = ("geometry", "raw")
+WKB_AT_ONCE = 256
+"""Polygons that are read from their bytes at a time."""
 
 
 @dataclass(frozen=True)
@@ -453,6 +456,12 @@ def _to_wkb(geometry: Geometries) -> pa.Array:
     return pa.array(shapely.to_wkb(geometry, byte_order=1), pa.binary())
 
 
-def _from_wkb(wkb: NDArray[np.object_]) -> Geometries:
-    geometry: Geometries = shapely.from_wkb(wkb)
-    return geometry
+def _from_wkb(wkb: pa.Array) -> Geometries:
+    # Of all at once every byte would be held twice more: as Python's, and in the polygons.
+    parts = [shapely.from_wkb(_values(wkb[first : first + WKB_AT_ONCE])) for first in range(0, len(wkb), WKB_AT_ONCE)]
+    return np.concatenate(parts) if parts else np.zeros(0, np.object_)
+
+
+def _values(column: pa.Array) -> NDArray[Any]:
+    values: NDArray[Any] = column.to_numpy(zero_copy_only=False)
+    return values
