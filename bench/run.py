@@ -4,10 +4,10 @@
 
 Every row is measured in one go on one machine, so its ratios hold even where its speeds do not. Prints Markdown.
 repeat n stands for n x n copies of the city side by side. The predict task and the bare pass of the same network,
-precision, threads and window (on a tensor already in memory) are timed in one process. Peak memory is the resident set
-(RSS), sampled every 0.1 s. With --compiled compiled passes of the same network, in bfloat16 and without any halo, are
-timed before and after the run: what is left of the faster ones' speed is told of the run without its start, which is
-until its first task.
+precision, threads and window (on a tensor already in memory) are timed in one process. Peak memory is the largest
+resident set that Linux tells of a process (VmHWM), looked at every second. With --compiled compiled passes of the same
+network, in bfloat16 and without any halo, are timed before and after the run: what is left of the faster ones' speed is
+told of the run without its start, which is until its first task.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -71,13 +72,14 @@ def run_and_watch(config: Path) -> tuple[float, dict[str, float]]:
     start = time.perf_counter()
     command = [sys.executable, "-c", "from segpipe.pipeline.cli import main; main()", "run", str(config)]
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None:
+    running = True
+    while running:
+        # Not more often: looking through all processes for children takes from the run what it measures.
+        with suppress(psutil.TimeoutExpired):
+            process.wait(1)
+            running = False
         for role, member in [("driver", process), *(("worker", child) for child in children(process))]:
-            try:
-                peak[role] = max(peak[role], member.memory_info().rss / 2**20)
-            except psutil.NoSuchProcess:
-                continue
-        time.sleep(0.1)
+            peak[role] = max(peak[role], peak_mib(member.pid))
     if process.returncode:
         raise SystemExit(process.stderr.read())
     return time.perf_counter() - start, peak
@@ -88,6 +90,15 @@ def children(process: psutil.Process) -> list[psutil.Process]:
         return process.children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def peak_mib(pid: int) -> float:
+    """The largest resident set that a process has had so far; 0 where it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) / 1024
 
 
 def predict_and_bare(folder: Path, passes: int) -> tuple[float, float]:
