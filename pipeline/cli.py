@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import signal
 import sys
 import time
@@ -39,6 +41,8 @@ class _Program(click.Group):
         """Run a command, and end with its exit code; not standalone: return, and leave errors and signals alone."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, **extra)
+        # Else Python would look for cycles in all that is still there when it ends, which takes up to a second.
+        atexit.register(gc.freeze)
         try:
             _take_signals()
             code = super().main(args, prog_name, complete_var, False, **extra)
