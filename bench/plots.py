@@ -69,7 +69,7 @@ def draw(axes: Axes, panel: Panel, text: str) -> None:
     for index, column in enumerate(panel.values):
         values = [number(row[column]) for row in rows.values()]
         bars = axes.barh(np.arange(len(rows)) + index * thick, values, thick, label=column)
-        axes.bar_label(bars, fmt="%.3g", fontsize=6, padding=2)
+        axes.bar_label(bars, fmt=lambda it: f"{it:.0f}" if it >= 100 else f"{it:.3g}", fontsize=6, padding=2)
     axes.set_yticks(
         np.arange(len(rows)) + 0.4 - thick / 2, ["\n".join(textwrap.wrap(name, 32)) for name in rows], fontsize=6
     )

@@ -83,6 +83,7 @@ def publish_all(
     """Write the GeoPackage beside while the rasters are written, check it, and rename it into place."""
     start = time.perf_counter()
     listener.expect("publish", 1)
+    manifest.revoke(plan.folder)
     write_bytes(plan.output / "city.yaml", config.resolved_yaml().encode())
     site, folder = Site(plan), plan.output
     give_freed_memory_back()

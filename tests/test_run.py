@@ -369,6 +369,22 @@ def test_what_was_published_stays_until_all_buildings_are_joined(mapped: City, m
     assert not list(folder.rglob("*partial*"))
 
 
+def test_once_a_raster_is_replaced_no_run_finds_that_nothing_has_changed(
+    mapped: City, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        write_cog = run_rasters.write_cog
+
+        def stop(*arguments: Any, **options: Any) -> None:
+            write_cog(*arguments, **options)
+            assert nothing_changed(load_city(mapped.config)) is None
+            raise KeyboardInterrupt
+
+        patch.setattr(run_rasters, "write_cog", stop)
+        with pytest.raises(KeyboardInterrupt):
+            map_it(mapped.config, "vectorize.threshold=0.6")
+
+
 @pytest.mark.parametrize("name", ["probability.tif", "mask.tif"])
 def test_a_raster_that_cannot_be_written_fails_the_run_and_its_footprints_are_not_placed(
     city: City, monkeypatch: pytest.MonkeyPatch, name: str
