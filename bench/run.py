@@ -72,14 +72,12 @@ def run_and_watch(config: Path) -> tuple[float, dict[str, float]]:
     start = time.perf_counter()
     command = [sys.executable, "-c", "from segpipe.pipeline.cli import main; main()", "run", str(config)]
     process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    running = True
-    while running:
+    while process.poll() is None:
+        for role, member in [("driver", process), *(("worker", child) for child in children(process))]:
+            peak[role] = max(peak[role], peak_mib(member.pid))
         # Not more often: looking through all processes for children takes from the run what it measures.
         with suppress(psutil.TimeoutExpired):
             process.wait(1)
-            running = False
-        for role, member in [("driver", process), *(("worker", child) for child in children(process))]:
-            peak[role] = max(peak[role], peak_mib(member.pid))
     if process.returncode:
         raise SystemExit(process.stderr.read())
     return time.perf_counter() - start, peak

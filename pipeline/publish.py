@@ -239,8 +239,8 @@ def batches_in_order(site: Site, homes: Cells, imagery: Imagery) -> Iterator[pa.
 def _cells_in_order(site: Site, homes: Cells) -> Iterator[tuple[Buildings, Buildings]]:
     """The buildings of each cell of the order, and all others that may be in their way.
 
-    At most the buildings of the blocks under one cell are held, those beside it that touch the bounds of one of its
-    own, and those at the rims of RIM_BLOCKS blocks.
+    Besides those under way at most the buildings of the blocks under one cell are held, those beside it that touch the
+    bounds of one of its own, and those at the rims of RIM_BLOCKS blocks.
     """
     plan = site.plan
     neighbours, blocks = _Neighbours(site, homes), _Blocks(site, homes)
@@ -249,8 +249,11 @@ def _cells_in_order(site: Site, homes: Cells) -> Iterator[tuple[Buildings, Build
         window = Window.cell(*cell, ORDER_CELL_PX)
         under = [block for block in window.intersect(plan.layout.grid).cells(plan.block_px) if plan.is_predicted(block)]
         found = Buildings.concatenate([_first_pixel_in(part, window) for part in blocks.all_of(under)])
-        beside = blocks.meeting(bounds_of(found), neighbours.blocks(found)) if may_overlap else ()
-        yield found, meeting(found, (_first_pixel_in(part, window, False) for part in beside))
+        others = Buildings.empty()
+        if may_overlap:
+            beside = blocks.meeting(bounds_of(found), neighbours.blocks(found))
+            others = meeting(found, (_first_pixel_in(part, window, False) for part in beside))
+        yield found, others
 
 
 class _Blocks:

@@ -12,16 +12,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
+from segpipe.tasks.ahead import Found, Item
 from segpipe.tasks.bucket import BucketFolder
 
 OWN_FOLDERS = ("store.zarr", "fragments", "ledger", "validity")
 """Folders of a run folder in which everything is ours."""
 _LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.partial$|\.partial-segpipe\.")
-
-Item = TypeVar("Item")
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,6 @@ PAIRS_AT_ONCE = 1024
 
 def keep_apart(buildings: Buildings, others: Buildings, lattice: Lattice) -> Buildings:
     """Buildings as they are to be published, among themselves and between others: all that `meeting` finds."""
-    if not len(buildings):
-        return buildings
     blocked = _in_the_way(buildings, Buildings.concatenate([buildings, others]), lattice)
     if not blocked.any():
         return buildings
@@ -64,6 +62,8 @@ def _in_the_way(buildings: Buildings, others: Buildings, lattice: Lattice) -> ND
     """True for buildings whose outline overlaps one of the others'; nothing is in its own way."""
     blocked = np.zeros(len(buildings), np.bool_)
     shaped = np.flatnonzero(buildings.form != FORMS.index("raw"))
+    if not len(shaped):
+        return blocked
     own, key, other_key = buildings.geometry[shaped], _key(buildings)[shaped], _key(others)
     for theirs in (others.geometry, others.raw):
         one, other = shapely.STRtree(theirs).query(own)

@@ -104,8 +104,10 @@ class Components:
     @classmethod
     def from_arrow(cls, batch: pa.RecordBatch) -> Self:
         """The inverse of to_arrow."""
-        columns: dict[str, Any] = {field.name: batch.column(field.name) for field in fields(cls)}
-        columns |= {name: (_from_wkb if name in _GEOMETRIES else _values)(it) for name, it in columns.items()}
+        columns: dict[str, Any] = {}
+        for name in (field.name for field in fields(cls)):
+            column = batch.column(name)
+            columns[name] = _from_wkb(column) if name in _GEOMETRIES else _values(column)
         return cls(**columns)
 
     def to_arrow(self) -> pa.RecordBatch:
@@ -457,9 +459,12 @@ def _to_wkb(geometry: Geometries) -> pa.Array:
 
 
 def _from_wkb(wkb: pa.Array) -> Geometries:
+    geometry = np.empty(len(wkb), np.object_)
     # Of all at once every byte would be held twice more: as Python's, and in the polygons.
-    parts = [shapely.from_wkb(_values(wkb[first : first + WKB_AT_ONCE])) for first in range(0, len(wkb), WKB_AT_ONCE)]
-    return np.concatenate(parts) if parts else np.zeros(0, np.object_)
+    for first in range(0, len(wkb), WKB_AT_ONCE):
+        some = slice(first, first + WKB_AT_ONCE)
+        geometry[some] = shapely.from_wkb(_values(wkb[some]))
+    return geometry
 
 
 def _values(column: pa.Array) -> NDArray[Any]:
