@@ -181,7 +181,12 @@ ONCE: tuple[Place, Place, int] = ((1, 1), (1, 1), 1)
 
 
 def _packed(weight: Tensor, padding: Place, stride: Place, dilation: Place, groups: int) -> Tensor:
-    """Weights as oneDNN likes them: always for maps of one size, as no answer may depend on which window came first."""
+    """Weights as oneDNN likes them: always for maps of one size, as no answer may depend on which window came first.
+
+    In the type that it computes in, which is float32 for bfloat16 on a CPU that it has no bfloat16 for (AVX2).
+    """
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        weight = weight.float()
     if weight.is_meta:
         return weight
     size = [1, weight.shape[1] * groups, PACKED_FOR_PX, PACKED_FOR_PX]
@@ -201,10 +206,12 @@ def _pointwise(
     activation: str,
     numbers: list[float],
 ) -> Tensor:
+    """The activation of a convolution with packed weights, rounded to the type of x_BCHW."""
+    bias = bias if bias is None else bias.to(weight.dtype)
     y_BCHW: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        x_BCHW, weight, bias, padding, stride, dilation, groups, activation, numbers, ""
+        x_BCHW.to(weight.dtype), weight, bias, padding, stride, dilation, groups, activation, numbers, ""
     )
-    return y_BCHW
+    return y_BCHW.to(x_BCHW.dtype)
 
 
 def _add_pointwise(
@@ -223,9 +230,12 @@ def _add_pointwise(
         return
     # After a sum it knows ReLU alone.
     fused = "relu" if activation == "relu" else None
+    sum_BCHW = y_BCHW.to(weight.dtype)
     torch.ops.mkldnn._convolution_pointwise_.binary(
-        y_BCHW, x_BCHW, weight, None, padding, stride, dilation, groups, "add", 1.0, fused, [], ""
+        sum_BCHW, x_BCHW.to(weight.dtype), weight, None, padding, stride, dilation, groups, "add", 1.0, fused, [], ""
     )
+    if sum_BCHW is not y_BCHW:
+        y_BCHW.copy_(sum_BCHW)
     if fused is None:
         _activate(y_BCHW, activation, numbers)
 

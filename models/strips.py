@@ -402,12 +402,9 @@ def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _transposed(module: Any, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer | None:
+def _transposed(module: Any, inputs: tuple[int, ...], given: list[_Layer]) -> _Layer:
     layer: Any = module.layer if isinstance(module, FusedParts) else module
-    plain = {layer.kernel_size, layer.stride} == {(2, 2)} and {layer.padding, layer.output_padding} == {(0, 0)}
-    if type(layer) not in REACHES and not plain:
-        return None
-    above, below = REACHES.get(type(layer), (0, 0))
+    above, below = REACHES[type(layer)]
     return _Layer(module, inputs, layer.out_channels, given[0].scale // 2, True, above=above, below=below)
 
 
@@ -447,7 +444,6 @@ KINDS: dict[Any, Callable[[Any, tuple[int, ...], list[_Layer]], _Layer | None]] 
     nn.Conv2d: _convolution,
     nn.MaxPool2d: _pool,
     nn.AvgPool2d: _pool,
-    nn.ConvTranspose2d: _transposed,
     Transposed2: _transposed,
     Transposed3: _transposed,
     Transposed4: _transposed,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .decoder import decoder as plain_decoder
 from .decoder import expand
 from .network import Network
+from .upsample import Transposed2
 
 STAGES = (
     # expansion, channels, repeats, stride: the rows of table 2
@@ -102,7 +103,7 @@ class LightStep(nn.Module):
 
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.up = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+        self.up = Transposed2(in_channels, out_channels)
         self.conv = nn.Sequential(
             nn.Conv2d(out_channels + skip_channels, out_channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(out_channels),

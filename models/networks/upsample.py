@@ -53,7 +53,8 @@ class ByParts(nn.ConvTranspose2d, ABC):
 class Transposed2(ByParts):
     """A transposed 2x2 convolution of stride 2: each pixel becomes a square of four, none of which sees another pixel.
 
-    By parts: a 1x1 convolution to four times the channels, which are then laid side by side.
+    By parts: a 1x1 convolution to four times the channels, which are then laid side by side. With AVX2 alone oneDNN's
+    own adds up in another order at some widths.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
