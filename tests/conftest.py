@@ -15,6 +15,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+# Read when torch is loaded: test processes share the processors, and threads that wait leave them to the others.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
 import numpy as np
 import pyogrio
