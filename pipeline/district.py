@@ -6,6 +6,7 @@ Imagery outside is context: it is read as far as a block in the area sees it, an
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,8 @@ SLIVER_PX = 1e-3
 """A pixel into which the area reaches less than this is outside: coordinates are not exact."""
 EDGE_PARTS = 256
 """Edges are cut so fine, against the whole, before they are transformed: straight lines are not so in another CRS."""
+_ASKING = threading.Lock()
+"""Held while a prepared geometry is asked: GEOS completes it meanwhile, and two threads at that crash."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class District:
 
     source: str
     geometry: shapely.Geometry
+
+    def __reduce__(self) -> tuple[type[District], tuple[str, shapely.Geometry]]:
+        """Sent without what is cached: a prepared geometry does not arrive as one, so each process prepares its own."""
+        return type(self), (self.source, self.geometry)
 
     @cached_property
     def window(self) -> Window:
@@ -53,16 +60,19 @@ class District:
 
     def is_near(self, window: Window, px: float) -> bool:
         """Whether a window lies at most px pixels away."""
-        return bool(shapely.dwithin(self._prepared, _box(window), px))
+        with _ASKING:
+            return bool(shapely.dwithin(self._prepared, _box(window), px))
 
     def meets(self, geometries: Geometries) -> NDArray[np.bool_]:
         """True for geometries in lattice pixels that have a point in common with it."""
-        found: NDArray[np.bool_] = shapely.intersects(self._prepared, geometries)
+        with _ASKING:
+            found: NDArray[np.bool_] = shapely.intersects(self._prepared, geometries)
         return found
 
     def reaches_into(self, boxes: Geometries) -> NDArray[np.bool_]:
         """True for boxes with a part in common with it, that is more than a line."""
-        found: NDArray[np.bool_] = shapely.intersects(self._inner, boxes)
+        with _ASKING:
+            found: NDArray[np.bool_] = shapely.intersects(self._inner, boxes)
         return found
 
     def inside(self, window: Window) -> NDArray[np.bool_]:
@@ -76,10 +86,10 @@ class District:
 
     def _inside_cell(self, cell: Window) -> NDArray[np.bool_]:
         box = _box(cell)
-        if shapely.contains(self._inner, box):
-            return np.ones(cell.shape_yx, np.bool_)
-        if not shapely.intersects(self._inner, box):
-            return np.zeros(cell.shape_yx, np.bool_)
+        with _ASKING:
+            is_whole, is_met = shapely.contains(self._inner, box), shapely.intersects(self._inner, box)
+        if is_whole or not is_met:
+            return np.full(cell.shape_yx, is_whole)
         burnt = rasterio.features.rasterize(
             [(self._inner, 1)],
             cell.shape_yx,

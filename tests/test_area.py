@@ -1,9 +1,13 @@
 """Laws of `grid.area`: a district is mapped as the whole city would map it, and the whole city goes on from it."""
 
 import json
+import pickle
 import shutil
 import sqlite3
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -413,3 +417,49 @@ def test_a_pixel_is_inside_where_the_area_reaches_into_it_whatever_window_is_ask
     at = found[rows - row, cols - col]
     assert at[share > 0.05].all()
     assert not at[shapely.disjoint(pixels, shape)].any()
+
+
+# Threads and processes
+
+
+def test_a_district_is_sent_as_it_was_made_and_prepared_where_it_is_asked() -> None:
+    district = District("drawn", shapely.Point(0, 0).buffer(1000))
+    made, window = pickle.dumps(district), Window(0, 0, 8, 8)
+    assert district.is_near(window, 0)
+    assert district.inside(window).all()
+    assert pickle.dumps(district) == made
+    copy: District = pickle.loads(made)
+    assert copy == district
+    assert copy.is_near(window, 0)
+    assert shapely.is_prepared(copy.geometry)
+
+
+def test_a_prepared_geometry_is_asked_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, asked = threading.Lock(), []
+
+    def watched(name: str) -> Callable[..., Any]:
+        predicate = getattr(shapely, name)
+
+        def ask(geometry: shapely.Geometry, *others: Any) -> Any:
+            assert shapely.is_prepared(geometry)
+            assert alone.acquire(blocking=False)
+            asked.append(name)
+            time.sleep(0.01)
+            alone.release()
+            return predicate(geometry, *others)
+
+        return ask
+
+    for name in ("contains", "dwithin", "intersects"):
+        monkeypatch.setattr(shapely, name, watched(name))
+    district, window = District("drawn", shapely.Point(0, 0).buffer(1000)), Window(0, 0, 8, 8)
+    boxes = np.array([shapely.box(0, 0, 1, 1)])
+    questions: list[Callable[[], Any]] = [
+        lambda: district.is_near(window, 0),
+        lambda: district.meets(boxes).all(),
+        lambda: district.reaches_into(boxes).all(),
+        lambda: district.inside(window).all(),
+    ]
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(lambda number: questions[number % 4](), range(16)))
+    assert {*asked} == {"contains", "dwithin", "intersects"}
