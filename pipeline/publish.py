@@ -24,7 +24,7 @@ from segpipe.tasks.vectorize import Buildings
 
 from . import changes, manifest
 from .allocator import give_freed_memory_back
-from .beside import partial_path
+from .beside import partial_path, remove_with_siblings
 from .config import CityConfig
 from .flow import Block
 from .formats import FILES, remove_formats, resolve_crs, write_formats
@@ -90,24 +90,28 @@ def publish_all(
     geopackage = partial_path(folder / "buildings.gpkg")
     area, counts = _Sum(), rasters.go_on()
     rows = batches_in_order(site, homes, _imagery(plan, counts.valid))
-    written = write_geopackage(geopackage, area.of(rows), plan.lattice.crs_wkt, about(plan))
-    rasters.finish()
-    give_freed_memory_back()
-    asked_for = plan.tiles if config.publish.tile_masks else ()
-    tile_masks = write_tile_masks(folder, folder / "mask.tif", asked_for, plan.lattice)
-    notes = list(plan.notes)
-    left: list[str] = []
-    known = manifest.revoke(plan.folder, written.digest)
-    changed = write_changes(plan, geopackage, written.digest, known, listener)
-    sums = {"buildings": written.features, "buildings_m2": round(area.total, 2)}
-    sums |= {"mask_px": counts.mask_px, "valid_px": counts.valid_px}
-    add_run_layers(geopackage, plan, skipped, config.resolved_yaml(), sums)
-    placed = place_geopackage(
-        geopackage,
-        folder,
-        known,
-        lambda path, why: left.append(f"{path.name} {why}, and is left alone"),
-    )
+    try:
+        written = write_geopackage(geopackage, area.of(rows), plan.lattice.crs_wkt, about(plan))
+        rasters.finish()
+        give_freed_memory_back()
+        asked_for = plan.tiles if config.publish.tile_masks else ()
+        tile_masks = write_tile_masks(folder, folder / "mask.tif", asked_for, plan.lattice)
+        notes = list(plan.notes)
+        left: list[str] = []
+        known = manifest.revoke(plan.folder, written.digest)
+        changed = write_changes(plan, geopackage, written.digest, known, listener)
+        sums = {"buildings": written.features, "buildings_m2": round(area.total, 2)}
+        sums |= {"mask_px": counts.mask_px, "valid_px": counts.valid_px}
+        add_run_layers(geopackage, plan, skipped, config.resolved_yaml(), sums)
+        placed = place_geopackage(
+            geopackage,
+            folder,
+            known,
+            lambda path, why: left.append(f"{path.name} {why}, and is left alone"),
+        )
+    finally:
+        # Where it was not placed it goes: a disk that is full would stay so.
+        remove_with_siblings(geopackage)
     files = _other_formats(config, plan, placed)
     if left:
         notes.append(f"{'; '.join(left)}; the new one is {plan.folder.file(placed.name)}")

@@ -49,13 +49,15 @@ def write_cog(
     resampling: Literal["mode", "average"],
     block_px: int,
     look: Look | None = None,
+    stop_if_given_up: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the raster that covers window as a cloud-optimised GeoTIFF with overviews, and rename it to path.
 
     read gives uint8 pixels (height, width) of a part of window, 255 for nodata; it is called once per part, of block_px
     x block_px rounded down to whole internal tiles. Areas of nothing but nodata take no space. look: what the values
-    mean, and how they are shown. The pixels are read back and compared, and tiles of overviews looked for. Raises
-    RunError if that fails or the disk is full; unfinished files are removed.
+    mean, and how they are shown. stop_if_given_up: called before each part and each step of GDAL, and before the
+    rename; it raises what is to end this. The pixels are read back and compared, and tiles of overviews looked for.
+    Raises RunError if that fails or the disk is full; unfinished files are removed.
     """
     if not window.pixels:
         raise ValueError(f"window of {window.height} x {window.width} px: a raster has at least one pixel")
@@ -66,13 +68,16 @@ def write_cog(
     options = {"BIGTIFF": "IF_SAFER", **(smooth if resampling == "average" else {"COMPRESS": "LZW"})}
     try:
         with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES, GDAL_NUM_THREADS="ALL_CPUS"):
-            written = _write_flat(flat, read, window, lattice, block_px)
+            written = _write_flat(flat, read, window, lattice, block_px, stop_if_given_up)
+            stop_if_given_up()
             _add_overviews(flat, resampling)
+            stop_if_given_up()
             if look is not None:
                 _give_look(flat, look)
             options |= {"BLOCKSIZE": str(TILE_PX), "SPARSE_OK": "YES"}
             rasterio.shutil.copy(flat, cog, driver="COG", **options)
-            _check_cog(cog, written, block_px)
+            _check_cog(cog, written, block_px, stop_if_given_up)
+        stop_if_given_up()
         cog.replace(path)
     except (rasterio.errors.RasterioError, CPLE_BaseError, OSError) as error:
         raise write_error(path, error) from error
@@ -113,31 +118,45 @@ def _parts(window: Window, block_px: int) -> Iterator[Window]:
 
 @dataclass
 class _Pixels:
-    """Of the pixels of a raster that have gone by, part by part: their checksum, and which internal tiles have data."""
+    """Of the pixels of a raster that have gone by, part by part: their checksum, and which internal tiles have data.
+
+    tiles: with any data; inner: with data before their last row and column.
+    """
 
     window: Window
     checksum: int = 0
 
     def __post_init__(self) -> None:
-        self.tiles = np.zeros([-(-side // TILE_PX) for side in self.window.shape_yx], np.bool_)
+        shape_yx = [-(-side // TILE_PX) for side in self.window.shape_yx]
+        self.tiles, self.inner = np.zeros(shape_yx, np.bool_), np.zeros(shape_yx, np.bool_)
 
     def add(self, pixels_HW: NDArray[np.uint8], part: Window) -> None:
         """Note the pixels of one more part of the window."""
         self.checksum = zlib.crc32(np.ascontiguousarray(pixels_HW).data, self.checksum)
         for tile in _parts(part, TILE_PX):
-            has_data = bool((pixels_HW[tile.within(part)] != INVALID).any())
+            known_HW = pixels_HW[tile.within(part)] != INVALID
             row, col = (side.start // TILE_PX for side in tile.within(self.window))
-            self.tiles[row, col] = has_data
+            self.tiles[row, col], self.inner[row, col] = known_HW.any(), known_HW[:-1, :-1].any()
 
     def tiles_of_half(self) -> NDArray[np.bool_]:
-        """Which tiles have data in the raster at half the size."""
-        rows, cols = self.tiles.shape
-        padded = np.pad(self.tiles, [(0, rows % 2), (0, cols % 2)])
+        """Which tiles must have data in the raster at half the size; others may.
+
+        The half of an odd side is rounded up, so two pixels are a little more than one of it: nothing is asked for the
+        last row and column of a tile, which lie in the next tile too. Nor for what is one pixel wide: GDAL makes that
+        from the whole raster, not from the overview before.
+        """
+        rows, cols = self.inner.shape
+        padded = np.pad(self.inner, [(0, rows % 2), (0, cols % 2)])
         return padded[::2, ::2] | padded[1::2, ::2] | padded[::2, 1::2] | padded[1::2, 1::2]
 
 
 def _write_flat(
-    path: Path, read: Callable[[Window], NDArray[Any]], window: Window, lattice: Lattice, block_px: int
+    path: Path,
+    read: Callable[[Window], NDArray[Any]],
+    window: Window,
+    lattice: Lattice,
+    block_px: int,
+    stop_if_given_up: Callable[[], None],
 ) -> _Pixels:
     """Write a tiled GeoTIFF without overviews, part by part.
 
@@ -150,6 +169,7 @@ def _write_flat(
     written = _Pixels(window)
     with rasterio.open(path, "w", transform=lattice.transform(window.row_off, window.col_off), **profile) as raster:
         for part in _parts(window, block_px):
+            stop_if_given_up()
             pixels_HW = np.asarray(read(part), np.uint8).reshape(part.shape_yx)
             written.add(pixels_HW, part)
             if (pixels_HW != INVALID).any():
@@ -176,7 +196,7 @@ def _give_look(path: Path, look: Look) -> None:
         raster.write_colormap(1, dict(look.colours))
 
 
-def _check_cog(path: Path, written: _Pixels, block_px: int) -> None:
+def _check_cog(path: Path, written: _Pixels, block_px: int, stop_if_given_up: Callable[[], None]) -> None:
     """OSError where pixels are not those that were written, or tiles of an overview are missing.
 
     GDAL only logs what fails when it closes a file: a full disk is first noticed here.
@@ -184,20 +204,21 @@ def _check_cog(path: Path, written: _Pixels, block_px: int) -> None:
     with rasterio.open(path) as raster:
         is_whole = raster.tags(ns="IMAGE_STRUCTURE").get("LAYOUT") == "COG"
         is_whole &= len(raster.overviews(1)) == len(_overviews(raster.shape))
-        found = _read_through(raster, block_px)
+        found = _read_through(raster, block_px, stop_if_given_up)
     is_whole &= found.checksum == written.checksum
     for level in range(len(_overviews(written.window.shape_yx)) if is_whole else 0):
         expected = found.tiles_of_half()
         with rasterio.open(path, overview_level=level) as raster:
-            found = _read_through(raster, block_px)
-        is_whole &= np.array_equal(found.tiles, expected)
+            found = _read_through(raster, block_px, stop_if_given_up)
+        is_whole &= bool(found.tiles[expected].all())
     if not is_whole:
         raise OSError("the pixels read back are not those that were written: the disk is full or faulty")
 
 
-def _read_through(raster: Any, block_px: int) -> _Pixels:
+def _read_through(raster: Any, block_px: int, stop_if_given_up: Callable[[], None]) -> _Pixels:
     found = _Pixels(Window(0, 0, *raster.shape))
     for part in _parts(found.window, block_px):
+        stop_if_given_up()
         found.add(raster.read(1, window=_rasterio_window(part, found.window)), part)
     return found
 

@@ -92,17 +92,21 @@ class Rasters:
             resampling="average",
             block_px=block_px,
             look=Look(PROBABILITY_SCALE, colours),
+            stop_if_given_up=self._stop_if_given_up,
         )
         write_bytes(folder / "probability.qml", PROBABILITY_QML.encode())
         give_freed_memory_back()
         # From the raster, which has been compared with what was read: the store is read once, chunk by chunk.
         with reading_cog(folder / "probability.tif", plan.bounds) as read:
-
-            def read_mask(window: Window) -> NDArray[np.uint8]:
-                self._stop_if_given_up()
-                return _mask_or_invalid(read(window), plan.vector.threshold_u8)
-
-            write_cog(folder / "mask.tif", read_mask, plan.bounds, plan.lattice, resampling="mode", block_px=block_px)
+            write_cog(
+                folder / "mask.tif",
+                lambda window: _mask_or_invalid(read(window), plan.vector.threshold_u8),
+                plan.bounds,
+                plan.lattice,
+                resampling="mode",
+                block_px=block_px,
+                stop_if_given_up=self._stop_if_given_up,
+            )
         give_freed_memory_back()
 
     def _counting(self, missing_px: int, threshold_u8: int) -> Callable[[Window], NDArray[np.uint8]]:
@@ -111,13 +115,11 @@ class Rasters:
 
         def read(window: Window) -> NDArray[np.uint8]:
             nonlocal counts, missing_px
-            self._stop_if_given_up()
             prob_HW = read_in_area(self._site, window)
             counts, missing_px = counts.with_part(prob_HW, window, threshold_u8), missing_px - window.pixels
             if not missing_px:
                 self._counted.set_result(counts)
                 self._may_go_on.wait()
-                self._stop_if_given_up()
             return prob_HW
 
         return read

@@ -7,7 +7,8 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,10 +16,11 @@ import pyarrow as pa
 import pyogrio
 import pytest
 import rasterio
+import rasterio.shutil
 import shapely
 from pyproj import CRS
 
-from segpipe.pipeline import changes, placing
+from segpipe.pipeline import changes, placing, rasters
 from segpipe.pipeline.beside import partial_path
 from segpipe.pipeline.geopackage import add_changes, read_rows, rows_digest, write_geopackage
 from segpipe.pipeline.placing import find_published, place_geopackage
@@ -514,6 +516,61 @@ def test_a_raster_of_any_shape_with_a_few_valid_pixels_is_found_whole(
         np.testing.assert_array_equal(raster.read(1), pixels)
 
 
+@pytest.mark.parametrize(
+    ("shape_yx", "end"),
+    [((512, 1025), 1024), ((1537, 512), 1024), ((2049, 2049), 1024), ((2050, 2050), 2048), ((3000, 3001), 2048)],
+)
+@pytest.mark.parametrize("resampling", ["mode", "average"])
+def test_a_raster_of_any_size_whose_data_end_with_a_tile_is_found_whole(
+    tmp_path: Path, shape_yx: tuple[int, int], end: int, resampling: Literal["mode", "average"]
+) -> None:
+    """Of an odd side the last pixel of a tile is found in the next tile of an overview too."""
+    window, path = Window(0, 0, *shape_yx), tmp_path / "mask.tif"
+    row, col = np.ogrid[: window.height, : window.width]
+    a_tile, all_but_a_corner = (row < end) & (col < end), (row < end) | (col < end)
+    for known in (a_tile, all_but_a_corner, a_tile & ((row == end - 1) | (col == end - 1))):
+        pixels = np.where(known, np.uint8(1), np.uint8(255))
+        write_cog(
+            path, lambda part, it=pixels: it[part.within(window)], window, LATTICE, resampling=resampling, block_px=1024
+        )
+        with rasterio.open(path) as raster:
+            np.testing.assert_array_equal(raster.read(1), pixels)
+
+
+@pytest.mark.parametrize("shape_yx", [(2048, 2048), (2049, 2049)])
+@pytest.mark.parametrize("resampling", ["mode", "average"])
+def test_a_raster_that_lacks_a_tile_of_an_overview_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shape_yx: tuple[int, int],
+    resampling: Literal["mode", "average"],
+) -> None:
+    whole = rasters._add_overviews
+
+    def add_without_a_tile(path: Path, resampling: Literal["mode", "average"]) -> None:
+        """From a raster without the pixels under it, which come back later."""
+        hole = ((0, 1024), (1023, shape_yx[1]))
+        with rasterio.open(path, "r+") as raster:
+            pixels = raster.read(1, window=hole)
+            raster.write(np.full_like(pixels, 255), 1, window=hole)
+        whole(path, resampling)
+        with rasterio.open(path, "r+") as raster:
+            raster.write(pixels, 1, window=hole)
+
+    monkeypatch.setattr(rasters, "_add_overviews", add_without_a_tile)
+    window = Window(0, 0, *shape_yx)
+    with pytest.raises(RunError, match="the pixels read back are not those that were written"):
+        write_cog(
+            tmp_path / "mask.tif",
+            lambda part: np.ones(part.shape_yx),
+            window,
+            LATTICE,
+            resampling=resampling,
+            block_px=1024,
+        )
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("size", [100_000, 1_050_000, 1_100_000, 1_300_000])
 @pytest.mark.parametrize("look", [None, Look(0.004, {1: (9, 8, 7)})])
 def test_a_full_disk_is_found_out_and_the_old_raster_stays(tmp_path: Path, size: int, look: Look | None) -> None:
@@ -548,3 +605,67 @@ def test_a_reader_that_fails_leaves_the_old_raster_and_no_partial_file(tmp_path:
     with pytest.raises(RunError, match="chunk 3_4 is missing"):
         write_cog(path, read, Window(0, 0, 1024, 512), LATTICE, resampling="mode", block_px=512)
     assert [(left.name, left.read_bytes()) for left in tmp_path.iterdir()] == [("mask.tif", b"old")]
+
+
+@pytest.mark.parametrize("step", ["_write_flat", "_add_overviews", "copy", "_check_cog"])
+def test_a_raster_that_is_given_up_ends_with_its_step_and_the_old_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    path, window = tmp_path / "mask.tif", Window(0, 0, 1024, 600)
+    path.write_bytes(b"old")
+    done: list[str] = []
+
+    def watch(owner: ModuleType, name: str) -> None:
+        whole = getattr(owner, name)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            result = whole(*arguments, **options)
+            done.append(name)
+            return result
+
+        monkeypatch.setattr(owner, name, watched)
+
+    def stop_if_given_up() -> None:
+        if step in done:
+            raise RunError("given up")
+
+    for name in ("_write_flat", "_add_overviews", "_check_cog"):
+        watch(rasters, name)
+    watch(rasterio.shutil, "copy")
+    with pytest.raises(RunError, match="given up"):
+        write_cog(
+            path,
+            lambda part: np.ones(part.shape_yx),
+            window,
+            LATTICE,
+            resampling="mode",
+            block_px=512,
+            stop_if_given_up=stop_if_given_up,
+        )
+    assert done[-1] == step
+    assert [(left.name, left.read_bytes()) for left in tmp_path.iterdir()] == [("mask.tif", b"old")]
+
+
+def test_a_raster_that_is_given_up_while_it_is_read_is_read_no_further(tmp_path: Path) -> None:
+    window, read = Window(0, 0, 1024, 600), list[Window]()
+
+    def part(inner: Window) -> np.ndarray:
+        read.append(inner)
+        return np.ones(inner.shape_yx)
+
+    def stop_if_given_up() -> None:
+        if len(read) == 3:
+            raise RunError("given up")
+
+    with pytest.raises(RunError, match="given up"):
+        write_cog(
+            tmp_path / "mask.tif",
+            part,
+            window,
+            LATTICE,
+            resampling="mode",
+            block_px=512,
+            stop_if_given_up=stop_if_given_up,
+        )
+    assert len(read) == 3
+    assert not list(tmp_path.iterdir())

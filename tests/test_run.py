@@ -35,7 +35,7 @@ from conftest import (
 )
 from numpy.typing import NDArray
 
-from segpipe.pipeline import flow, network, publish, run, run_rasters, stages
+from segpipe.pipeline import flow, network, publish, rasters, run, run_rasters, stages
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.ledger import Ledger
 from segpipe.pipeline.manifest import nothing_changed
@@ -313,35 +313,44 @@ def test_killed_while_publishing_it_only_publishes_again(
     assert not (folder / "buildings-2.gpkg").exists()
 
 
-def test_a_stop_while_footprints_are_written_gives_the_rasters_up_that_are_written_beside(
-    city: City, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("probability", "_add_overviews"),
+        ("probability", "_check_cog"),
+        ("mask", "_write_flat"),
+        ("mask", "_add_overviews"),
+    ],
+)
+def test_a_stop_while_footprints_are_written_gives_the_rasters_up_at_the_end_of_their_step(
+    city: City, monkeypatch: pytest.MonkeyPatch, name: str, step: str
 ) -> None:
-    folder, stopped = city.folder / "run", threading.Event()
+    folder, reached, stopped = city.folder / "run", threading.Event(), threading.Event()
     with monkeypatch.context() as patch:
-        write_cog, whole_close = run_rasters.write_cog, run_rasters.Rasters.close
+        whole_step, whole_close = getattr(rasters, step), run_rasters.Rasters.close
 
-        def write_later(path: Path, read: Callable[[Window], Any], *arguments: Any, **options: Any) -> None:
-            def read_later(window: Window) -> Any:
-                assert path.name == "probability.tif" or stopped.wait(60)
-                return read(window)
+        def do_step(path: Path, *arguments: Any) -> Any:
+            if path.name.startswith(name):
+                reached.set()
+                assert stopped.wait(60)
+            return whole_step(path, *arguments)
 
-            write_cog(path, read_later, *arguments, **options)
-
-        def close(rasters: run_rasters.Rasters) -> None:
-            rasters._given_up.set()
+        def close(it: run_rasters.Rasters) -> None:
+            it._given_up.set()
             stopped.set()
-            whole_close(rasters)
+            whole_close(it)
 
         def stop(*_: Any) -> None:
+            assert reached.wait(60)
             raise KeyboardInterrupt
 
-        patch.setattr(run_rasters, "write_cog", write_later)
+        patch.setattr(rasters, step, do_step)
         patch.setattr(run_rasters.Rasters, "close", close)
         patch.setattr(run.publish, "write_geopackage", stop)
         with pytest.raises(KeyboardInterrupt):
             map_it(city.config)
     assert stopped.is_set()
-    assert not (folder / "mask.tif").exists()
+    assert not (folder / f"{name}.tif").exists()
     assert not list(folder.rglob("*partial*"))
     assert not [it.name for it in threading.enumerate() if it.name.startswith("rasters")]
 
@@ -401,8 +410,27 @@ def test_a_raster_that_cannot_be_written_fails_the_run_and_its_footprints_are_no
         with pytest.raises(RunError, match=rf"{name}: cannot be written"):
             map_it(city.config)
     assert not (city.folder / "run" / "buildings.gpkg").exists()
-    map_it(city.config)
-    assert not list(city.folder.rglob("*partial*"))
+    assert not list(city.folder.rglob("*partial*")), "they would keep a full disk full"
+    assert map_it(city.config).geopackage.name == "buildings.gpkg"
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [("write_tile_masks", RunError), ("write_changes", RunError), ("place_geopackage", KeyboardInterrupt)],
+)
+def test_what_fails_after_footprints_are_written_leaves_none_beside(
+    city: City, monkeypatch: pytest.MonkeyPatch, step: str, error: type[BaseException]
+) -> None:
+    folder = city.folder / "run"
+
+    def fail(*_: Any) -> None:
+        assert list(folder.glob("buildings.partial*"))
+        raise error("the disk is full")
+
+    monkeypatch.setattr(run.publish, step, fail)
+    with pytest.raises(error, match="the disk is full"):
+        map_it(city.config)
+    assert not list(folder.rglob("*partial*"))
 
 
 def test_a_second_run_computes_nothing_and_imports_neither_torch_nor_dask(mapped: City) -> None:
