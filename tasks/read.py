@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 import rasterio
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError  # the base of what colorinterp raises; it has no public name
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterWindow
@@ -136,7 +137,7 @@ def read_header(path: str) -> TileHeader:
                 block_shape_yx=dataset.block_shapes[0],
                 missing_bytes=_missing_bytes(path),
             )
-    except (RasterioError, OSError) as error:
+    except (RasterioError, CPLE_BaseError, OSError) as error:
         raise UserError(f"{path}: {_what_it_is(path, error)}; {_EXPECTED}") from error
 
 
@@ -345,7 +346,7 @@ def _decoding(tile: Tile) -> Iterator[Any]:
                 planned = f"{tile.window.width} x {tile.window.height} px with band {max(tile.bands)}"
                 raise TileError(tile.path, f"is {found}, was planned as {planned}: it changed after it was planned")
             yield dataset
-    except (RasterioError, OSError) as error:
+    except (RasterioError, CPLE_BaseError, OSError) as error:
         # A handle that failed once may hold damaged blocks: a repaired file is opened afresh.
         _open_tiles.drop(tile.path)
         missing = _missing_bytes(tile.path)
@@ -391,7 +392,9 @@ def _what_it_is(path: str, error: BaseException) -> str:
     if not head:
         return "is empty"
     if head[:4] in _TIFF_KINDS:
-        return f"is a TIFF whose header is damaged or cut off ({size:,} bytes; {_reason(error)})"
+        missing = _missing_bytes(path)
+        damage = f"is a TIFF whose header is damaged or cut off ({size:,} bytes; {_reason(error)})"
+        return f"truncated, {missing:,} bytes are missing at its end" if missing else damage
     text = head.decode("utf-8", "ignore")
     if len(text) > len(head) // 2 and all(letter.isprintable() or letter.isspace() for letter in text):
         return f"is text that begins with {' '.join(text.split())[:40]!r}"
@@ -426,20 +429,24 @@ def _missing_bytes(path: str) -> int:
 
     Strips with offset 0 are sparse, not missing. Behind a URL it is not looked for: 0.
     """
+    missing = 0
     if is_remote(path):
-        return 0
-    try:
-        with Path(path).open("rb") as stream:
-            kind = _TIFF_KINDS.get(stream.read(4))
-            ends = _data_ends(stream, *kind) if kind else []
-            size = stream.seek(0, 2)
-        return max(0, *(end - size for end in ends), 0)
-    except (OSError, ValueError):
-        return 0  # what cannot be parsed here is left to GDAL's own words
+        return missing
+    # A directory that cannot be parsed is left to GDAL's own words. It may be cut off: those before it count.
+    with suppress(OSError, ValueError), Path(path).open("rb") as stream:
+        size = stream.seek(0, 2)
+        stream.seek(0)
+        kind = _TIFF_KINDS.get(stream.read(4))
+        for end in _data_ends(stream, *kind) if kind else ():
+            missing = max(missing, end - size)
+    return missing
 
 
-def _data_ends(stream: BinaryIO, order: str, count_code: str, word: str) -> list[int]:
-    """Where the image data of each directory of a TIFF ends, in bytes from the start of the file."""
+def _data_ends(stream: BinaryIO, order: str, count_code: str, word: str) -> Iterator[int]:
+    """Where the image data of each directory of a TIFF ends, in bytes from the start of the file.
+
+    ValueError at a directory that cannot be parsed.
+    """
 
     def numbers(code: str, count: int, offset: int) -> NDArray[np.int64]:
         stream.seek(offset)
@@ -449,7 +456,6 @@ def _data_ends(stream: BinaryIO, order: str, count_code: str, word: str) -> list
     entry = np.dtype(
         [("tag", order + "u2"), ("type", order + "u2"), ("count", order + word), ("value", f"V{word_bytes}")]
     )
-    ends: list[int] = []
     seen: set[int] = set()
     directory = int(numbers(word, 1, word_bytes)[0])
     while directory and directory not in seen:
@@ -468,6 +474,5 @@ def _data_ends(stream: BinaryIO, order: str, count_code: str, word: str) -> list
                 tags[int(item["tag"])] = numbers(code, int(item["count"]), place)
         for offsets, counts in _OFFSETS_COUNTS:
             if offsets in tags and counts in tags and not (tags.get(_SUBFILE_TYPE, np.zeros(1, np.int64))[0] & 1):
-                ends.append(int((tags[offsets] + tags[counts])[tags[offsets] > 0].max(initial=0)))
+                yield int((tags[offsets] + tags[counts])[tags[offsets] > 0].max(initial=0))
         directory = int(numbers(word, 1, first + length * entry.itemsize)[0])
-    return ends

@@ -13,13 +13,16 @@ import rasterio
 from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rasterio._err import CPLE_AppDefinedError
 from rasterio.enums import ColorInterp
 
+from segpipe.pipeline.plan import read_headers
 from segpipe.tasks.errors import TileError, UserError
 from segpipe.tasks.grid import Window
 from segpipe.tasks.read import (
     OPEN_TILES,
     Tile,
+    _OpenTiles,
     read_header,
     read_mask,
     read_samples,
@@ -179,6 +182,58 @@ def test_sparse_tiffs_and_cut_overviews_miss_nothing(tmp_path):
     with rasterio.open(path, "r+") as dataset:
         dataset.build_overviews([2])
     assert read_header(damaged(path, Path(path).stat().st_size - 40)).missing_bytes == 0
+
+
+def with_overviews(path: str) -> tuple[str, int]:
+    """The same file with overviews, whose directories lie behind the image, and where the image ends."""
+    with rasterio.open(path, "r+") as dataset:
+        dataset.build_overviews([2, 4])
+    return path, Path(path).stat().st_size - _unused_bytes(path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_tile_with_overviews_that_is_cut_within_its_image_is_refused_as_truncated(tmp_path, layout, share):
+    path, end = with_overviews(write(tmp_path / "tile.tif", noise((3, 200, 190)), **LAYOUTS[layout]))
+    broken = damaged(path, int(end * share))
+    with pytest.raises(UserError) as error:
+        read_headers([broken], skip=False)
+    message = f"{broken}: truncated, {end - int(end * share):,} bytes are missing at its end; expected a "
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_a_tile_that_is_cut_within_the_directories_of_its_overviews_is_refused_in_one_line(tmp_path):
+    path, end = with_overviews(write(tmp_path / "tile.tif", noise((3, 200, 190))))
+    for beyond in range(0, 200, 40):
+        with pytest.raises(UserError, match="header is damaged or cut off") as error:
+            read_header(damaged(path, end + beyond))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mask", ["alpha", "per_dataset"])
+def test_a_mask_in_a_tile_with_overviews_that_was_cut_after_the_plan_is_an_error_with_its_name(tmp_path, mask):
+    colours = (ColorInterp.red, ColorInterp.green, ColorInterp.blue, ColorInterp.alpha)
+    path, end = with_overviews(write(tmp_path / "tile.tif", noise((4, 200, 190)), colours))
+    broken = damaged(path, end // 2)
+    tile = Tile(broken, Window(0, 0, 200, 190), (1, 2, 3), mask=mask)
+    with pytest.raises(TileError, match=r"cannot be read: .*bytes too early") as error:
+        read_mask(tile, tile.window)
+    assert error.value.path == broken
+
+
+def test_what_gdal_cannot_say_of_the_bands_of_an_open_tile_is_an_error_with_its_name(tmp_path, monkeypatch):
+    class Damaged:
+        height, width, count = 8, 8, 4
+
+        @property
+        def colorinterp(self):
+            raise CPLE_AppDefinedError(3, 1, "Failed to read directory at offset 99")
+
+    tile = Tile(write(tmp_path / "tile.tif", noise((4, 8, 8))), Window(0, 0, 8, 8), (1, 2, 3), mask="alpha")
+    monkeypatch.setattr(_OpenTiles, "get", lambda self, path: Damaged())
+    with pytest.raises(TileError, match="cannot be read: Failed to read directory at offset 99") as error:
+        read_mask(tile, tile.window)
+    assert error.value.path == tile.path
 
 
 @pytest.mark.parametrize("name", ["cut.jpg", "cut.png", "cut.jp2", "cut.webp", "zeroed.png", "zeroed.tif"])
