@@ -1,5 +1,5 @@
 # make demo: set up, draw a city, map it, say how good the result is.    make test: set up, run all tests.
-# make bench: the short form of every measurement, with the imagery in SHARED.
+# make bench: the short form of what measures speed and memory of a run and a training, with the imagery in SHARED.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= demo-city

@@ -38,7 +38,10 @@ def slurm_cluster(
 ) -> Cluster:
     """A scheduler here, and jobs that join it. UserError for a job that SLURM would not take."""
     if importlib.util.find_spec("dask_jobqueue") is None:
-        raise UserError("cluster.kind: slurm, but there is no dask-jobqueue; cure: pip install 'segpipe[jobqueue]'")
+        raise UserError(
+            "cluster.kind: slurm, but there is no dask-jobqueue; cure, in the checkout of segpipe:"
+            " pip install -c constraints.txt '.[jobqueue]'"
+        )
     if shutil.which("sbatch") is None:
         raise UserError("cluster.kind: slurm, but there is no sbatch; expected a machine that jobs are sent from")
     from distributed import Scheduler, SpecCluster

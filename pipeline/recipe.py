@@ -56,7 +56,7 @@ def resolve_halo(config: CityConfig, card: Card) -> tuple[int, list[str]]:
     if card.effective_halo_px is None:
         return exact_px, [f"the exact halo of {exact_px} px is used: no effective one was measured in training"]
     note = f"effective halo of {card.effective_halo_px} px (exact: {exact_px}): results depend on the block size"
-    return card.effective_halo_px, [note]
+    return card.effective_halo_px, [] if card.is_exact(card.effective_halo_px) else [note]
 
 
 def _resolve_unbounded_halo(asked: int | str, card: Card) -> tuple[int, list[str]]:

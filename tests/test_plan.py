@@ -303,6 +303,15 @@ def test_a_halo_less_than_exact_is_told(city: City, bundle: Path) -> None:
     assert plan_of(city, "model=wide.safetensors", "predict.halo=exact").recipe.halo_px == 1088
 
 
+def test_an_effective_halo_that_is_the_exact_one_is_not_told_of(city: City, bundle: Path) -> None:
+    it = load_bundle(bundle)
+    wide = it.card.model_copy(update={"halo_px": 1088, "effective_halo_px": 1088})
+    save_bundle(city.folder / "wide.safetensors", it.network, wide)
+    plan = plan_of(city, "model=wide.safetensors")
+    assert plan.recipe.halo_px == 1088
+    assert not plan.notes
+
+
 @pytest.mark.parametrize(("threshold", "steps"), [(0.4, 100), (0.5, 125), (0.001, 1), (1.0, 250), (0.3999, 100)])
 def test_the_threshold_is_the_next_stored_step(city: City, threshold: float, steps: int) -> None:
     found = plan_of(city, f"vectorize.threshold={threshold}").vector.threshold_u8
