@@ -165,11 +165,15 @@ def run(
             if dry_run and given:
                 raise UserError(f"--dry-run only prints the plan, so {option} does nothing; expected one of the two")
         from .config import load_city, with_scheduler
-        from .manifest import nothing_changed
+        from .manifest import DROPPING, nothing_changed
 
         config = load_city(city, overrides)
         config = config if scheduler is None else with_scheduler(config, scheduler)
         if not (dry_run or fresh) and (manifest := nothing_changed(config)) is not None:
+            if config.folder.size(DROPPING) is not None:
+                from .run import finish_dropping
+
+                finish_dropping(config)
             click.echo(
                 f"nothing has changed since {manifest['finished']}: nothing to do, the results are in {config.folder}"
             )

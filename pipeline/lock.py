@@ -23,6 +23,7 @@ from .storage import Folder, LocalFolder, folder_at
 LOCK = "lock.json"
 BEAT_S = 5.0
 _STALE_S = 30.0
+_PROC = Path("/proc")
 _TORN = {"host": "?", "pid": 0, "started": 0.0, "token": "", "counter": -1}
 
 
@@ -52,11 +53,11 @@ class _Lock(Protocol):
 
 @contextmanager
 def locked(folder: Folder | Path) -> Iterator[str]:
-    """Hold the lock on a run folder: a file with a counter that moves every 5 s, the host and the process.
+    """Hold the lock on a run folder: a file with a counter that moves every 5 s, the process, and where that is.
 
-    A lock is stale when its process is seen dead on this host, or when the counter has not moved for 30 s of our own
-    clock; a stale one is taken over. Gives the lock's token, by which tasks know whose run they are of. UserError if
-    somebody else holds it.
+    A lock is stale when its process could be seen from here and is dead, or else when the counter has not moved for
+    30 s of our own clock; a stale one is taken over. Gives the lock's token, by which tasks know whose run they are of.
+    UserError if somebody else holds it.
     """
     lock, token = _lock_in(folder), uuid.uuid4().hex
     while not lock.take(token):
@@ -87,13 +88,25 @@ def lock_token(folder: Folder | Path) -> str | None:
     return None if holder is None else str(holder["token"])
 
 
+def check_lock(folder: Folder | Path, token: str) -> None:
+    """StorageError if a run's lock is another's by now, or gone. token: the run's; an empty text: nobody asks."""
+    if not token or (found := lock_token(folder)) == token:
+        return
+    if found:
+        what = f"another run is at work here, as this one was silent for {_STALE_S:.0f} s (asleep, or cut off)"
+        cure = "wait for the other, then run the same command again"
+    else:
+        what, cure = "its lock is gone, and perhaps all else that was here", "run the same command again"
+    raise StorageError(f"{folder}: {what}; expected the lock of the run that writes; cure: {cure}")
+
+
 def holder_of(folder: Folder | Path) -> dict[str, Any] | None:
     """Who holds the lock on a run folder: host, pid, started, token, counter. None if nobody does."""
     return _lock_in(folder).holder()
 
 
 def is_alive(folder: Folder | Path, holder: dict[str, Any], wait_s: float = 2 * BEAT_S) -> bool:
-    """Whether who holds a lock is at work: its process is there, or elsewhere, its counter moves while we look."""
+    """Whether who holds a lock is at work: its process is seen, or if it cannot be, its counter moves while we look."""
     return not _stale(_lock_in(folder), holder, wait_s)
 
 
@@ -137,20 +150,22 @@ class _FileLock:
         return False
 
     def beat(self, token: str, counter: int) -> bool:
-        holder = self.holder()
-        if holder is None or holder["token"] != token:
-            return False
         beside = self._path.with_name(f"lock.{token}.partial")
-        # On a full disk the counter stands still, but the lock is held on: there may be room again.
+        # On a disk that is full or fails the counter stands still, but the lock is held on: the next beat may succeed.
         with suppress(OSError):
+            holder = self.holder()
+            if holder is None or holder["token"] != token:
+                return False
             beside.write_text(_lock_text(token, counter))
             beside.replace(self._path)
         return True
 
     def give_back(self, token: str) -> None:
-        holder = self.holder()
-        if holder is not None and holder["token"] == token:
-            self._path.unlink(missing_ok=True)
+        # A lock that cannot be given back grows stale.
+        with suppress(OSError):
+            holder = self.holder()
+            if holder is not None and holder["token"] == token:
+                self._path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -195,8 +210,8 @@ class _ObjectLock:
         return self._tag is not None
 
     def beat(self, token: str, counter: int) -> bool:
-        # A server that is silent is asked again at the next beat.
-        with suppress(StorageError):
+        # Whatever fails, the server is asked again at the next beat.
+        with suppress(StorageError, OSError):
             tag = self._folder.hasty().write_where(LOCK, _lock_text(token, counter).encode(), self._tag)
             if tag is None:
                 # Ours still, if the answer to an earlier beat was lost.
@@ -224,19 +239,45 @@ def _parsed(data: bytes) -> dict[str, Any]:
 
 def _lock_text(token: str, counter: int) -> str:
     me = psutil.Process()
-    return json.dumps(
-        {"host": socket.gethostname(), "pid": me.pid, "started": me.create_time(), "token": token, "counter": counter}
-    )
+    values = {"pid": me.pid, "started": me.create_time(), "token": token, "counter": counter}
+    return json.dumps(_sight() | values)
+
+
+def _sight() -> dict[str, str]:
+    """Host, boot and pid namespace: processes with the same three see each other. Without /proc only the host."""
+    host = {"host": socket.gethostname()}
+    try:
+        boot_id = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
+        return host | {"boot_id": boot_id, "pid_namespace": str((_PROC / "self/ns/pid").readlink())}
+    except OSError:
+        return host
+
+
+def _is_dead(holder: dict[str, Any]) -> bool | None:
+    """Whether the process that holds a lock is dead; None where that cannot be seen from here.
+
+    A host's name does not tell: clones have the same, and so may containers that do not see each other's processes.
+    """
+    here = _sight()
+    if "boot_id" not in here or not here.items() <= holder.items():
+        return None
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # somebody else's, and alive
+    try:
+        process = psutil.Process(holder["pid"])
+        return abs(process.create_time() - holder["started"]) >= 1 or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return None  # /proc may hide what is somebody else's
 
 
 def _stale(lock: _Lock, holder: dict[str, Any], wait_s: float | None = None) -> bool:
-    if holder["host"] == socket.gethostname():
-        try:
-            process = psutil.Process(holder["pid"])
-            alive = abs(process.create_time() - holder["started"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            alive = False
-        return not alive
+    dead = _is_dead(holder)
+    if dead is not None:
+        return dead
     seen = time.monotonic()
     while time.monotonic() - seen < (_STALE_S if wait_s is None else wait_s):
         time.sleep(1.0)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .publish import Published
 
 MANIFEST = "manifest.json"
+DROPPING = "dropping.json"
+"""Is there from when a run has published all until it has dropped what `store.keep` does not keep."""
 OUTPUTS = ("mask.tif", "probability.tif", "preview.png", "report.html", "probability.qml", "item.json")
 """What is published besides the GeoPackage."""
 TRACES = ("settled.json", "ledger")
@@ -40,6 +42,7 @@ REPLACED = (
     *OUTPUTS,
     "city.yaml",
     MANIFEST,
+    DROPPING,
     "tile_masks",
     "tasks.jsonl",
     "progress.json",
@@ -336,5 +339,5 @@ def make_manifest(config: CityConfig, plan: Plan, state: dict[str, Any], publish
 
 
 def write_manifest(folder: Folder, manifest: dict[str, Any]) -> None:
-    """Write manifest.json, last of all: where it stands, the outputs are whole."""
+    """Write manifest.json, last of all: where it has a state, the outputs are whole."""
     folder.write(MANIFEST, as_json(manifest))

@@ -29,6 +29,7 @@ from .config import CityConfig
 from .flow import Block
 from .formats import FILES, remove_formats, resolve_crs, write_formats
 from .geopackage import CHANGES_LAYER, add_changes, read_rows, write_geopackage
+from .lock import check_lock
 from .placing import find_published, place_geopackage
 from .plan import Plan
 from .progress import Listener, StageSums
@@ -80,9 +81,13 @@ class Published:
 def publish_all(
     config: CityConfig, plan: Plan, listener: Listener, homes: Cells, skipped: dict[int, str], rasters: Rasters
 ) -> Published:
-    """Write the GeoPackage beside while the rasters are written, check it, and rename it into place."""
+    """Write the GeoPackage beside while the rasters are written, check it, and rename it into place.
+
+    StorageError before anything is replaced, if another run has the lock by now.
+    """
     start = time.perf_counter()
     listener.expect("publish", 1)
+    check_lock(plan.folder, plan.lock)
     manifest.revoke(plan.folder)
     write_bytes(plan.output / "city.yaml", config.resolved_yaml().encode())
     site, folder = Site(plan), plan.output
@@ -94,6 +99,7 @@ def publish_all(
         written = write_geopackage(geopackage, area.of(rows), plan.lattice.crs_wkt, about(plan))
         rasters.finish()
         give_freed_memory_back()
+        check_lock(plan.folder, plan.lock)
         asked_for = plan.tiles if config.publish.tile_masks else ()
         tile_masks = write_tile_masks(folder, folder / "mask.tif", asked_for, plan.lattice)
         notes = list(plan.notes)
@@ -103,6 +109,7 @@ def publish_all(
         sums = {"buildings": written.features, "buildings_m2": round(area.total, 2)}
         sums |= {"mask_px": counts.mask_px, "valid_px": counts.valid_px}
         add_run_layers(geopackage, plan, skipped, config.resolved_yaml(), sums)
+        check_lock(plan.folder, plan.lock)
         placed = place_geopackage(
             geopackage,
             folder,

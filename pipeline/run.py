@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from segpipe.tasks.errors import DamageError, RunError, UserError
+from segpipe.tasks.errors import DamageError, RunError, TileError, UnreachableError, UserError
 from segpipe.tasks.validity import scan_tile
 
 from . import manifest, publish
@@ -23,7 +23,7 @@ from .describe import describe, seconds_of
 from .desk import RECORDS, desk, fetch, show
 from .flow import Flow, run_joins
 from .ledger import as_json
-from .lock import locked
+from .lock import check_lock, locked
 from .plan import Plan, make_plan
 from .progress import Listener, told_of_device, watching
 from .publish import Published
@@ -31,9 +31,9 @@ from .run_rasters import Rasters
 from .run_report import write_preview_and_report
 from .stac_item import write_item
 from .stages import Site, forget_damaged
-from .status import following
+from .status import PROGRESS, following
 from .storage import OWN_FOLDERS, Folder, LocalFolder, folder_at, remove_leftovers
-from .store import Store, prepare_store
+from .store import prepare_store
 from .verify import verify_quickly
 
 SETTLED = "settled.json"
@@ -43,6 +43,13 @@ DESCRIBED = ("mask.tif", "probability.tif", "preview.png", "report.html")
 """What the STAC Item tells of, besides vectors."""
 LOOKED_AT = 40
 """Tiles at most that a dry run reads."""
+NOT_KEPT: dict[str, tuple[str, ...]] = {
+    "all": (),
+    # The ledger first: killed in between, it must not name what is gone.
+    "probability": ("ledger/read", "store.zarr/image", "store.zarr/valid"),
+    "none": OWN_FOLDERS,
+}
+"""Folders of a run folder that are dropped when all is published, by `store.keep`."""
 
 
 def map_city(config: CityConfig, console: Console, fresh: bool = False, performance: Path | None = None) -> Published:
@@ -59,6 +66,8 @@ def map_city(config: CityConfig, console: Console, fresh: bool = False, performa
         plan = make_plan(config, None if fresh else read_settled(folder), None if cluster is None else cluster.crew)
         make_output(folder)
         plan = replace(plan, lock=stack.enter_context(locked(folder)))
+        # What an earlier run was killed over is wanted again: from now on it is this run that drops it.
+        folder.remove(manifest.DROPPING)
         if fresh:
             start_over(folder)
         stack.enter_context(desk(folder))
@@ -70,14 +79,18 @@ def map_city(config: CityConfig, console: Console, fresh: bool = False, performa
         folder.write(SETTLED, as_json(plan.settled()))
         prepare_store(folder, plan.layout)
         published = run_plan(config, plan, listener, cluster, performance)
+        check_lock(folder, plan.lock)
         write_preview_and_report(config, plan, published, listener.started)
         named = [published.geopackage.name, *DESCRIBED, *published.files]
         write_item(plan.output, plan.name, named, plan.lattice, plan.bounds, {"title": f"Buildings of {plan.name}"})
         done = manifest.make_manifest(config, plan, state, published)
         for label, text in verify_quickly(plan.output, done):
             listener.say(f"{label:>10}  {text}")
+        check_lock(folder, plan.lock)
         show(plan, done["outputs"])
-        # The manifest first: killed in between, what is published counts, and what is left over is dropped later.
+        check_lock(folder, plan.lock)
+        # The manifest first: killed in between, what is published counts, and the next command drops what is left.
+        folder.write(manifest.DROPPING, as_json({"keep": config.store.keep}))
         manifest.write_manifest(folder, done)
         drop_store(folder, config.store.keep)
     return published
@@ -96,7 +109,13 @@ def dry_run(config: CityConfig) -> list[tuple[str, str]]:
     looked = seen[::step]
     reasons: defaultdict[str, float] = defaultdict(float)
     for tile in looked:
-        scan = scan_tile(plan.tiles[tile], plan.min_nodata_pixels(tile), lambda window, mask: None)
+        try:
+            scan = scan_tile(plan.tiles[tile], plan.min_nodata_pixels(tile), lambda window, mask: None)
+        except TileError as error:
+            if isinstance(error, UnreachableError) or not plan.skip_bad_tiles:
+                raise
+            rows.append(("left out", str(error)))
+            continue
         for reason, pixels in scan.by_reason.items():
             reasons[reason] += pixels * plan.tile_pixel_m(tile) ** 2 * step
     of = "" if step == 1 else f" (estimated from {len(looked)} of {len(seen)} tiles)"
@@ -189,6 +208,8 @@ def run_plan(
                 fetch(plan)
                 return publish.publish_all(config, plan, listener, homes, skipped, rasters)
         except DamageError as error:
+            # What another run takes away looks like damage.
+            check_lock(plan.folder, plan.lock)
             if not passes_left:
                 raise
             listener.say(f"damaged: {error}")
@@ -242,12 +263,13 @@ def _told(failures: list[tuple[str, str, BaseException]]) -> str:
 
 def drop_store(folder: Folder, keep: Literal["all", "probability", "none"]) -> None:
     """Delete what `store.keep` does not keep, with its entries in the ledger."""
-    if keep == "probability":
-        # The ledger first: killed in between, it must not name what is gone.
-        folder.remove_all("ledger/read")
-        store = Store(folder)
-        for array in ("image", "valid"):
-            store.drop(array)
-    elif keep == "none":
-        for name in OWN_FOLDERS:
-            folder.remove_all(name)
+    for name in NOT_KEPT[keep]:
+        folder.remove_all(name)
+    folder.remove(manifest.DROPPING)
+
+
+def finish_dropping(config: CityConfig) -> None:
+    """Do what a run that was killed while it dropped its store did not. UserError if somebody is at work there."""
+    with locked(config.folder):
+        config.folder.remove(PROGRESS)
+        drop_store(config.folder, config.store.keep)

@@ -18,9 +18,10 @@ from segpipe.tasks.predict import INVALID
 from segpipe.tasks.vectorize import FULL_U8, mask_of
 
 from .allocator import give_freed_memory_back
+from .lock import check_lock
 from .rasters import PROBABILITY_SCALE, Look, reading_cog, write_cog
 from .stages import Site, read_probability
-from .storage import write_bytes
+from .storage import LocalFolder, write_bytes
 from .styles import PROBABILITY_QML, ramp_rgb
 
 MOST_PART_PX = 2048
@@ -127,6 +128,9 @@ class Rasters:
     def _stop_if_given_up(self) -> None:
         if self._given_up.is_set():
             raise RunError("given up")
+        # Of a run in a bucket the rasters are still here, where they are in nobody's way.
+        if isinstance(self._site.folder, LocalFolder):
+            check_lock(self._site.folder, self._site.plan.lock)
 
 
 def _mask_or_invalid(prob_HW: NDArray[np.uint8], threshold_u8: int) -> NDArray[np.uint8]:

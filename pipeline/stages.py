@@ -23,7 +23,7 @@ import pyarrow as pa
 import shapely
 from numpy.typing import NDArray
 
-from segpipe.tasks.errors import DamageError, RunError, StorageError, TileError
+from segpipe.tasks.errors import DamageError, RunError, TileError
 from segpipe.tasks.files import file_digest, file_stamp
 from segpipe.tasks.fragments import border_from_bytes, fragment_to_bytes
 from segpipe.tasks.grid import Window
@@ -36,7 +36,7 @@ from segpipe.tasks.validity import scan_tile
 from segpipe.tasks.vectorize import UNKNOWN, Buildings, Components, finish, vectorize_block
 
 from .ledger import Ledger
-from .lock import lock_token
+from .lock import check_lock
 from .network import LoadedNetwork, Passed
 from .plan import Plan, key_of
 from .spare import Spare
@@ -91,11 +91,9 @@ class Site:
     def begin(self, stage: str, unit: str) -> None:
         """Before the first write of a unit: take its old entry back, for its data is about to be another's.
 
-        RunError if another run has the lock by now: a task may outlive the driver that has sent it.
+        StorageError if another run has the lock by now: a task may outlive the driver that has sent it.
         """
-        if self.plan.lock and (token := lock_token(self.folder)) != self.plan.lock:
-            found = "another run is at work here" if token else "its lock is gone, and perhaps all else that was here"
-            raise StorageError(f"{self.folder}: {found}; expected the lock of the run that sent this")
+        check_lock(self.folder, self.plan.lock)
         self.ledger.forget(stage, unit)
 
 

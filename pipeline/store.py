@@ -102,13 +102,6 @@ class Store:
             raise RunError(f"{name} has checksum {found}; expected {expected}, which the ledger names")
         return data
 
-    def drop(self, array: str) -> None:
-        """Delete an array with all its chunks."""
-        self._arrays.pop(array, None)
-        with self._folder.errors(STORE):
-            if array in self._group:
-                del self._group[array]
-
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
             try:

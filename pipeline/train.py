@@ -27,7 +27,7 @@ from segpipe.tasks.sample import SCORED, cut
 from .areas import is_read
 from .config import TrainConfig
 from .job import TrainJob, check_settings, plan_job, resolve_normalisation
-from .lock import locked
+from .lock import check_lock, locked
 from .measure import Eye, View, look, measure
 from .pairs import parts_to_read
 from .plan import check_output
@@ -59,13 +59,13 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     field = probe_field(network, network.stride, len(config.bands))
     if first_process():
         output.mkdir(parents=True, exist_ok=True)
-        with locked(output):
+        with locked(output) as token:
             keep_config(config, output)
             if (output / REPORT).exists():
                 console.print(f"trained already: {output / BUNDLE}", highlight=False, soft_wrap=True)
                 return output / BUNDLE
             read_sources(sources, config.readers, console)
-            return _train_and_write(config, network, loss, sources, field, output, console)
+            return _train_and_write(config, network, loss, sources, field, output, console, token)
     _wait_for(sources)
     job = plan_job(config, network, sources, field)
     _fit(config, job, network, loss, output, Console(quiet=True))
@@ -80,12 +80,14 @@ def _train_and_write(
     field: Field,
     output: Path,
     console: Console,
+    token: str,
 ) -> Path:
     job = plan_job(config, network, sources, field)
     keep_split(job.split, output)
     for line in _described(job):
         console.print(line, highlight=False, soft_wrap=True)
-    fitted = _fit(config, job, network, loss, output, console)
+    fitted = _fit(config, job, network, loss, output, console, token)
+    check_lock(output, token)
     return finish(config, job, fitted, loss, output, console)
 
 
@@ -189,7 +191,16 @@ def _described(job: TrainJob) -> list[str]:
     return [*parts, f"{settings.epochs} epochs of {settings.steps_per_epoch} steps, {settings.precision}"]
 
 
-def _fit(config: TrainConfig, job: TrainJob, network: Network, loss: Loss, output: Path, console: Console) -> Fitted:
+def _fit(
+    config: TrainConfig,
+    job: TrainJob,
+    network: Network,
+    loss: Loss,
+    output: Path,
+    console: Console,
+    token: str = "",
+) -> Fitted:
+    """token: of the lock on the output, which is looked at after each epoch; an empty text: nobody asks."""
     if config.normalisation == "statistics":
         start(config, network, job.normalisation)
     samples = output / SAMPLES
@@ -206,6 +217,7 @@ def _fit(config: TrainConfig, job: TrainJob, network: Network, loss: Loss, outpu
     )
 
     def told(record: Record) -> None:
+        check_lock(output, token)
         found = record.validation
         console.print(
             f"epoch {record.epoch}: loss {record.train.loss:.4f}, validation {found.loss:.4f}, IoU {found.iou:.4f} at"

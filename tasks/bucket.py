@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from .ahead import Found, Item, in_order
-from .errors import SegpipeError, StorageError, TileError, UnreachableError, UserError
+from .errors import RunError, SegpipeError, StorageError, TileError, UnreachableError, UserError
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -232,15 +233,28 @@ class BucketFolder:
             obstore.put(self._store(), name, file, chunk_size=UPLOAD_PART_BYTES, max_concurrency=2)
 
     def download(self, name: str, path: Path) -> bool:
-        """Copy a file of the folder to this machine; False where there is none."""
+        """Copy a file of the folder to this machine; False where there is none. RunError if it cannot be written."""
+        pieces = self._pieces(name)
+        try:
+            first = next(pieces, b"")
+        except FileNotFoundError:
+            return False
+        try:
+            with path.open("wb") as file:
+                file.writelines(chain([first], pieces))
+        except OSError as error:
+            raise RunError(
+                f"{path}: cannot be written: {error.strerror or error}; expected room for a copy of {self.file(name)};"
+                " cure: set TMPDIR"
+            ) from None
+        return True
+
+    def _pieces(self, name: str) -> Iterator[bytes]:
+        """The bytes of a file, piece by piece. FileNotFoundError where there is none."""
         import obstore
 
-        with self.errors(name), suppress(FileNotFoundError), path.open("wb") as file:
-            for piece in obstore.get(self._store(), name):
-                file.write(piece)
-            return True
-        path.unlink(missing_ok=True)
-        return False
+        with self.errors(name):
+            yield from (bytes(piece) for piece in obstore.get(self._store(), name))
 
     def start_of(self, name: str, count: int) -> bytes:
         """The first bytes of a file that is there, and not empty."""

@@ -1,6 +1,7 @@
 """The command line: one line and an exit code for whatever goes wrong, and nothing lost."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rasterio
 from click.testing import CliRunner, Result
-from conftest import ORIGIN, City, draw_blobs, map_it, outputs, tasks_done, write_tile
+from conftest import ORIGIN, City, draw_blobs, map_it, outputs, stages_since, tasks_done, write_tile
 
 from segpipe.models.networks import NETWORKS
 from segpipe.pipeline import cli, evaluate, rasters, run, stages
 from segpipe.pipeline import plan as plan_module
 from segpipe.pipeline.cli import main
 from segpipe.pipeline.lock import locked
-from segpipe.tasks.errors import TileError
+from segpipe.pipeline.manifest import read_manifest
+from segpipe.tasks.errors import TileError, UnreachableError
 
 MakeCity = Callable[..., City]
 
@@ -148,6 +151,55 @@ def test_a_tile_that_is_text_and_one_without_crs_are_exit_code_2(city: City) -> 
     assert "images_crs:" in one_line(found)
 
 
+def test_a_cut_tile_with_overviews_is_exit_code_2_or_left_out(city: City) -> None:
+    path = city.folder / "tiles" / "tile2.tif"
+    with rasterio.open(path, "r+") as tile:
+        tile.build_overviews([2, 4])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    found = segpipe("run", city.config)
+    assert found.exit_code == 2
+    assert f"{path}: truncated, " in one_line(found)
+    found = segpipe("run", city.config, "--set", "on_tile_error=skip")
+    assert found.exit_code == 0, found.stderr
+    assert list(read_manifest(city.folder / "run")["skipped"]) == [str(path)]
+
+
+@pytest.fixture
+def damaged_tile(city: City) -> Path:
+    """A tile of the city that ends its decoding in the middle; its header is whole."""
+    path = city.folder / "tiles" / "tile2.tif"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 5000] = b"\xff" * 5000
+    path.write_bytes(data)
+    return path
+
+
+def test_a_dry_run_leaves_out_the_damaged_tile_that_a_run_leaves_out(city: City, damaged_tile: Path) -> None:
+    config = city.set(nodata=0, on_tile_error="skip")
+    found = segpipe("run", "--dry-run", config)
+    assert found.exit_code == 0, found.stderr
+    (line,) = [line for line in found.stdout.splitlines() if line.startswith(f"{'left out':>10}  ")]
+    assert f"{damaged_tile}: cannot be read" in line
+    assert segpipe("run", config).exit_code == 0
+    assert list(read_manifest(city.folder / "run")["skipped"]) == [str(damaged_tile)]
+
+
+def test_a_dry_run_fails_at_a_tile_at_which_a_run_fails(
+    city: City, damaged_tile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = segpipe("run", "--dry-run", city.set(nodata=0))
+    assert found.exit_code == 1
+    assert f"{damaged_tile}: cannot be read" in one_line(found)
+
+    def silent(tile: Any, *_: Any) -> Any:
+        raise UnreachableError(tile.path, "the server does not answer")
+
+    monkeypatch.setattr(run, "scan_tile", silent)
+    found = segpipe("run", "--dry-run", city.set(nodata=0, on_tile_error="skip"))
+    assert found.exit_code == 1
+    assert "the server does not answer" in one_line(found)
+
+
 def test_a_pickle_is_no_model(city: City) -> None:
     import torch
 
@@ -191,6 +243,98 @@ def test_a_tile_that_breaks_mid_run_is_exit_code_1_and_the_run_resumes(
     assert any(stage == "vectorize" for stage, _ in before), "what can be done is done"
     assert segpipe("run", city.config).exit_code == 0
     assert set(tasks_done(city.folder / "run").values()) == {1}
+
+
+@pytest.fixture
+def killed_while_dropping(city: City, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Run the city and kill it when it has published all and dropped nothing yet; gives its YAML."""
+
+    def kill(keep: str) -> Path:
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        config = city.set(store={"keep": keep})
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "drop_store", killed)
+            assert segpipe("run", config).exit_code == 1
+        return config
+
+    return kill
+
+
+@pytest.mark.parametrize(
+    ("keep", "gone"),
+    [
+        ("none", ()),
+        ("none", ("store.zarr", "ledger/read")),
+        ("probability", ()),
+        ("probability", ("ledger/read", "store.zarr/image/zarr.json")),
+        ("probability", ("ledger/read", "store.zarr/image")),
+    ],
+)
+def test_killed_while_the_store_is_dropped_the_next_command_drops_the_rest_and_does_nothing_else(
+    city: City, killed_while_dropping: Callable[[str], Path], keep: str, gone: tuple[str, ...]
+) -> None:
+    config, folder = killed_while_dropping(keep), city.folder / "run"
+    for name in gone:
+        remove = shutil.rmtree if (folder / name).is_dir() else Path.unlink
+        remove(folder / name)
+    before = files_below(folder)
+    again = segpipe("run", config)
+    assert again.exit_code == 0, again.stderr
+    assert "nothing has changed" in again.stdout
+    found = files_below(folder)
+    assert found == {name: data for name, data in before.items() if name in found}
+    assert segpipe("run", config, "--set", "output=other").exit_code == 0
+    assert found.keys() == files_below(city.folder / "other").keys()
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_while_another_run_is_at_work_nothing_is_dropped(
+    city: City, killed_while_dropping: Callable[[str], Path]
+) -> None:
+    config = killed_while_dropping("none")
+    with locked(city.folder / "run"):
+        before = files_below(city.folder / "run")
+        found = segpipe("run", config)
+        assert files_below(city.folder / "run") == before
+    assert found.exit_code == 2
+    assert "another run is at work" in one_line(found)
+
+
+def test_what_a_killed_run_with_other_settings_has_done_is_not_dropped_by_a_command_with_the_old_ones(
+    city: City, killed_while_dropping: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = killed_while_dropping("none"), city.folder / "run"
+    other = ("--set", "vectorize.threshold=0.3")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "run_joins", killed)
+        assert segpipe("run", config, *other).exit_code == 1
+    before = tasks_done(folder)
+    assert "nothing has changed" in segpipe("run", config).stdout
+    assert segpipe("run", config, *other).exit_code == 0
+    assert set(stages_since(folder, before)) == {"join", "publish"}
+    assert not (folder / "store.zarr").exists()
+
+
+def test_a_second_run_without_a_store_imports_nothing_heavy(city: City) -> None:
+    config = city.set(store={"keep": "none"})
+    assert segpipe("run", config).exit_code == 0
+    code = (
+        "import sys; from segpipe.pipeline.cli import main; main(['run', sys.argv[1]], standalone_mode=False)\n"
+        "heavy = {'torch', 'distributed', 'dask', 'rasterio', 'zarr', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(config)], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "nothing to do" in found.stdout
 
 
 def test_ctrl_c_is_exit_code_1_and_says_how_to_resume(city: City, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What goes wrong between tasks: kills before the ledger, tasks that outlive their run, damage, changing tiles."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 from conftest import ORIGIN, City, FakePredictor, map_it, outputs, raster, stages_since, tasks_done, write_tile
 
-from segpipe.pipeline import imagery, network, run, stages
+from segpipe.pipeline import imagery, network, publish, run, stages
 from segpipe.pipeline.config import load_city
 from segpipe.pipeline.ledger import Ledger
+from segpipe.pipeline.lock import LOCK, lock_token
 from segpipe.pipeline.plan import Plan, make_plan
-from segpipe.tasks.errors import RunError, TileError
+from segpipe.tasks.errors import RunError, StorageError, TileError
 
 MakeCity = Callable[..., City]
 Damage = Callable[[Path], None]
@@ -274,3 +276,37 @@ def test_killed_between_manifest_and_dropping_the_store_nothing_is_computed_agai
     map_it(city.config)
     assert not {"read", "predict", "vectorize"} & set(stages_since(tmp_path / "run", before))
     assert not (tmp_path / "run" / "store.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "step"),
+    [
+        (run, "run_joins"),
+        (publish, "write_geopackage"),
+        (publish, "add_run_layers"),
+        (run, "write_item"),
+        (run, "show"),
+    ],
+)
+def test_a_run_that_slept_while_another_took_its_lock_places_nothing_more(
+    make_city: MakeCity, monkeypatch: pytest.MonkeyPatch, module: Any, step: str
+) -> None:
+    city = make_city(**SMALL | {"store": {"keep": "probability"}})
+    map_it(city.config)
+    folder, before = city.folder / "run", (city.folder / "run" / "buildings.gpkg").read_bytes()
+    do = getattr(module, step)
+
+    def sleeps(*arguments: Any, **named: Any) -> Any:
+        done = do(*arguments, **named)
+        holder = json.loads((folder / LOCK).read_text())
+        (folder / LOCK).write_text(json.dumps(holder | {"token": "another"}))
+        return done
+
+    monkeypatch.setattr(module, step, sleeps)
+    with pytest.raises(StorageError, match="another run is at work here"):
+        map_it(city.config, "vectorize.threshold=0.95", "store.keep=none")
+    assert lock_token(folder) == "another"
+    assert (folder / "store.zarr").exists()
+    placed = module is run and step != "run_joins"
+    assert ((folder / "buildings.gpkg").read_bytes() == before) != placed
+    assert (json.loads((folder / "manifest.json").read_text()).get("state") is None) == (step != "run_joins")

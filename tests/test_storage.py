@@ -36,10 +36,10 @@ from segpipe.pipeline.config import load_city
 from segpipe.pipeline.desk import RECORDS
 from segpipe.pipeline.ledger import Ledger
 from segpipe.pipeline.lock import LOCK, locked
-from segpipe.pipeline.manifest import nothing_changed
+from segpipe.pipeline.manifest import DROPPING, nothing_changed
 from segpipe.pipeline.plan import make_plan
 from segpipe.pipeline.status import PROGRESS, status_of
-from segpipe.pipeline.storage import desk_of, folder_at
+from segpipe.pipeline.storage import OWN_FOLDERS, desk_of, folder_at
 from segpipe.pipeline.store import Layout, Store, prepare_store
 from segpipe.tasks import bucket
 from segpipe.tasks.bucket import BucketFolder, Patience
@@ -250,6 +250,34 @@ def test_kept_probabilities_are_enough_for_another_threshold(make_city: MakeCity
     assert not [
         name for name in buckets.objects("runs/tiny/") if name.split("/")[0] in ("store.zarr", "ledger", "fragments")
     ]
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("keep", ["none", "probability"])
+def test_killed_while_the_store_is_dropped_the_next_command_drops_the_rest(
+    make_city: MakeCity, buckets: Buckets, monkeypatch: pytest.MonkeyPatch, keep: str
+) -> None:
+    config = in_bucket(make_city(1, 2, **SMALL), buckets, store={"keep": keep})
+    remove = BucketFolder.remove
+
+    def killed(self: BucketFolder, *names: str) -> None:
+        if any(name.startswith(("store.zarr/image", "fragments")) for name in names):
+            raise KeyboardInterrupt
+        remove(self, *names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BucketFolder, "remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            map_it(config)
+    before = buckets.objects("runs/tiny/")
+    again = CliRunner().invoke(main, ["run", str(config)])
+    assert again.exit_code == 0, again.stderr
+    assert "nothing has changed" in again.stdout
+    after = buckets.objects("runs/tiny/")
+    own = ("store.zarr/image/", "store.zarr/valid/", "ledger/read/") if keep == "probability" else OWN_FOLDERS
+    dropped = (*own, DROPPING, PROGRESS)
+    assert before.keys() > after.keys()
+    assert after == {name: data for name, data in before.items() if not name.startswith(dropped)}
 
 
 @pytest.mark.usefixtures("in_process")
@@ -547,6 +575,29 @@ def test_a_tile_of_a_server_that_is_silent_is_not_skipped(
     assert not map_it(config).skipped
 
 
+def test_a_copy_that_cannot_be_written_here_is_not_the_buckets_fault(folder: BucketFolder, tmp_path: Path) -> None:
+    folder.write("tasks.jsonl", b"{}")
+    (tmp_path / "full").symlink_to("/dev/full")
+    for path, words in (
+        (tmp_path / "full", "No space left on device"),
+        (tmp_path / "none" / "tasks.jsonl", "No such file or directory"),
+    ):
+        with pytest.raises(RunError, match=f"^{path}: cannot be written: {words}; .*{RUN}/tasks.jsonl") as error:
+            folder.download("tasks.jsonl", path)
+        assert not isinstance(error.value, StorageError)
+
+
+def test_what_is_copied_is_there_whole_and_what_is_not_there_leaves_nothing(
+    folder: BucketFolder, tmp_path: Path
+) -> None:
+    for data in (b"", b"{}", os.urandom(2**24)):
+        folder.write("tasks.jsonl", data)
+        assert folder.download("tasks.jsonl", tmp_path / "tasks.jsonl")
+        assert (tmp_path / "tasks.jsonl").read_bytes() == data
+    assert not folder.download("none.jsonl", tmp_path / "none.jsonl")
+    assert not (tmp_path / "none.jsonl").exists()
+
+
 # The lock
 
 
@@ -587,6 +638,27 @@ def test_a_lock_in_a_bucket_whose_counter_moves_is_respected(
         assert seen is not None
         assert lock_module.is_alive(folder, seen | {"host": "elsewhere"}, 60)
         assert lock_module.lock_token(folder) == token
+
+
+@pytest.mark.parametrize("error", [OSError, FileNotFoundError, StorageError])
+def test_a_holder_that_cannot_move_its_counter_in_a_bucket_once_goes_on_to(
+    folder: BucketFolder, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    monkeypatch.setattr(lock_module, "BEAT_S", 0.02)
+    write_where, failed = BucketFolder.write_where, threading.Event()
+
+    def failing(self: BucketFolder, name: str, data: bytes, tag: str | None) -> str | None:
+        if failed.is_set():
+            return write_where(self, name, data, tag)
+        failed.set()
+        raise error("once")
+
+    with locked(folder):
+        monkeypatch.setattr(BucketFolder, "write_where", failing)
+        assert failed.wait(10)
+        seen, end = lock_module.holder_of(folder), time.monotonic() + 10
+        while lock_module.holder_of(folder) == seen:
+            assert time.monotonic() < end
 
 
 def test_of_many_that_see_a_stale_lock_in_a_bucket_only_one_takes_over(folder: BucketFolder) -> None:

@@ -1,17 +1,23 @@
 """The store by what other programs see of it; growth, damage, ledger and lock."""
 
+import errno
+import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import zarr
 from affine import Affine
@@ -20,10 +26,10 @@ from pyproj import CRS
 
 from segpipe.pipeline import lock as module
 from segpipe.pipeline.ledger import Ledger
-from segpipe.pipeline.lock import lock_token, locked
+from segpipe.pipeline.lock import check_lock, holder_of, lock_token, locked
 from segpipe.pipeline.storage import remove_leftovers
 from segpipe.pipeline.store import Layout, Store, prepare_store
-from segpipe.tasks.errors import RunError, UserError
+from segpipe.tasks.errors import RunError, StorageError, UserError
 from segpipe.tasks.grid import Lattice, Window
 
 CHUNK = 32
@@ -241,15 +247,6 @@ def test_a_store_of_another_layout_is_replaced_and_its_chunks_are_forgotten(tmp_
     assert ledger.entry("scan", "tile") is not None
 
 
-def test_a_dropped_array_is_gone_and_the_others_stay(tmp_path: Path) -> None:
-    sums = fill_store(tmp_path)
-    opened = Store(tmp_path)
-    opened.drop("image")
-    assert not (tmp_path / "store.zarr" / "image").exists()
-    assert not (tmp_path / "store.zarr" / "image").exists()
-    assert_holds(Store(tmp_path), {key: value for key, value in sums.items() if key[0] != "image"})
-
-
 def test_a_grid_off_the_chunks_is_refused() -> None:
     with pytest.raises(ValueError, match="whole chunks of 32 px"):
         layout(Window(-95, 64, 64, 96))
@@ -291,12 +288,46 @@ def test_what_killed_writers_left_is_removed_but_not_a_lock_in_the_making(tmp_pa
 # The lock
 
 
+DEAD = 2**22 + 1
+"""No process has this number."""
+
+
 def hold(folder: Path, **changes: Any) -> Path:
-    """A lock of somebody else's."""
-    path = folder / "lock.json"
-    me = json.loads(module._lock_text("other", 3))
-    path.write_text(json.dumps(me | changes))
-    return path
+    """A lock of somebody else's. None: it does not have that."""
+    path, beside = folder / "lock.json", folder / "other.json"
+    holder = json.loads(module._lock_text("other", 3)) | changes
+    beside.write_text(json.dumps({key: value for key, value in holder.items() if value is not None}))
+    return beside.replace(path)
+
+
+@contextmanager
+def beating(folder: Path, **changes: Any) -> Iterator[None]:
+    """A lock of somebody else's, whose counter moves."""
+    over = threading.Event()
+
+    def beat() -> None:
+        for counter in itertools.count(4):
+            if over.wait(0.02):
+                return
+            hold(folder, counter=counter, **changes)
+
+    hold(folder, **changes)
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def assert_judged_by_its_counter(folder: Path, patch: pytest.MonkeyPatch, **changes: Any) -> None:
+    with patch.context() as patient, beating(folder, **changes):
+        patient.setattr(module, "_STALE_S", 60.0)
+        with pytest.raises(UserError, match="another run is at work"), locked(folder):
+            pass
+    with locked(folder) as token:
+        assert lock_token(folder) == token
 
 
 @pytest.fixture
@@ -336,20 +367,56 @@ def test_a_process_of_the_same_number_but_another_start_is_not_the_holder(tmp_pa
         pass
 
 
-def test_a_lock_of_another_host_whose_counter_moves_is_respected(
+ELSEWHERE: dict[str, dict[str, str | None]] = {
+    "another host": {"host": "elsewhere"},
+    "a clone of this host": {"boot_id": "another"},
+    "a container of this host": {"pid_namespace": "pid:[1]"},
+    "an older version": {"boot_id": None, "pid_namespace": None},
+}
+
+
+@pytest.mark.parametrize("changes", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_a_lock_whose_process_cannot_be_seen_from_here_is_judged_by_its_counter(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None]
+) -> None:
+    assert_judged_by_its_counter(tmp_path, monkeypatch, pid=DEAD, **changes)
+
+
+def test_a_lock_is_judged_by_its_counter_where_there_is_no_proc(
     tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(module.socket, "gethostname", lambda: "elsewhere")
-        holder = locked(tmp_path)
-        holder.__enter__()
-        # Its beats are written by a thread that sees the patched name.
-        observer = json.loads((tmp_path / "lock.json").read_text())
-        assert observer["host"] == "elsewhere"
-        patch.setattr(module.socket, "gethostname", lambda: "here")
-        with pytest.raises(UserError, match="another run is at work"), locked(tmp_path):
-            pass
-        holder.__exit__(None, None, None)
+    monkeypatch.setattr(module, "_PROC", tmp_path / "none")
+    assert_judged_by_its_counter(tmp_path, monkeypatch, pid=DEAD)
+
+
+@pytest.mark.parametrize("error", [psutil.NoSuchProcess, psutil.AccessDenied])
+def test_a_lock_of_a_living_process_that_is_hidden_from_us_is_judged_by_its_counter(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, error: type[psutil.Error]
+) -> None:
+    process = psutil.Process
+
+    def hidden(pid: int | None = None) -> psutil.Process:
+        if pid is not None:
+            raise error(pid)
+        return process()
+
+    monkeypatch.setattr(module.psutil, "Process", hidden)
+    assert_judged_by_its_counter(tmp_path, monkeypatch)
+
+
+def test_a_run_in_another_pid_namespace_of_one_host_does_not_take_the_lock(tmp_path: Path, quick: None) -> None:
+    alone = ["unshare", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no pid namespace can be made here")
+    code = (
+        "import sys; from pathlib import Path; from segpipe.pipeline.lock import locked\n"
+        "with locked(Path(sys.argv[1])): pass"
+    )
+    with locked(tmp_path) as token:
+        command = [*alone, sys.executable, "-c", code, str(tmp_path)]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert lock_token(tmp_path) == token
+    assert "another run is at work here" in found.stderr
 
 
 @pytest.mark.parametrize("text", [None, "", "{"])
@@ -370,8 +437,7 @@ def test_a_lock_that_was_taken_over_is_not_removed_by_its_first_holder(tmp_path:
 
 
 def test_of_two_that_see_a_stale_lock_only_one_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dead = {"host": socket.gethostname(), "pid": 2**22 + 1, "started": 0.0, "token": "dead", "counter": 3}
-    (tmp_path / "lock.json").write_text(json.dumps(dead))
+    hold(tmp_path, pid=DEAD)
     stale, seen, taken, over = module._stale, threading.Event(), threading.Event(), threading.Event()
     inside: list[str] = []
     refused: list[str] = []
@@ -409,3 +475,48 @@ def test_the_token_of_the_lock_is_known_while_it_is_held(tmp_path: Path) -> None
     with locked(tmp_path) as token:
         assert lock_token(tmp_path) == token
     assert lock_token(tmp_path) is None
+
+
+def fail_to_read_once(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Let reading the lock fail; gives what is set when it has."""
+    read, failed = module._read, threading.Event()
+
+    def failing(path: Path) -> dict[str, Any] | None:
+        if failed.is_set():
+            return read(path)
+        failed.set()
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(module, "_read", failing)
+    return failed
+
+
+def test_a_holder_that_cannot_read_its_lock_once_goes_on_to_move_the_counter(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with locked(tmp_path):
+        assert fail_to_read_once(monkeypatch).wait(10)
+        seen, end = holder_of(tmp_path), time.monotonic() + 10
+        while holder_of(tmp_path) == seen:
+            assert time.monotonic() < end
+
+
+def test_a_lock_that_cannot_be_read_at_the_end_is_left_to_grow_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with locked(tmp_path) as token:
+        failed = fail_to_read_once(monkeypatch)
+    assert failed.is_set()
+    assert lock_token(tmp_path) == token
+
+
+def test_a_run_whose_lock_is_not_its_own_by_now_is_told_so(tmp_path: Path) -> None:
+    with locked(tmp_path) as token:
+        check_lock(tmp_path, token)
+        path = hold(tmp_path, token="another")
+        with pytest.raises(StorageError, match="another run is at work here"):
+            check_lock(tmp_path, token)
+        path.unlink()
+        with pytest.raises(StorageError, match="its lock is gone"):
+            check_lock(tmp_path, token)
+        check_lock(tmp_path, "")

@@ -27,7 +27,7 @@ from segpipe.pipeline.job import Batches, plan_job, resolve_augmentation, resolv
 from segpipe.pipeline.measure import Eye, View, effective_halo, look, measure, plan_views
 from segpipe.pipeline.sources import plan_sources, read_sources
 from segpipe.pipeline.train import train
-from segpipe.tasks.errors import RunError, UserError
+from segpipe.tasks.errors import RunError, StorageError, UserError
 from segpipe.tasks.grid import Window
 from segpipe.tasks.sample import Area, CropSampler
 
@@ -198,6 +198,21 @@ def test_a_network_of_the_users_own_is_trained_and_named_in_the_card(job):
     model = train(configured(network={"name": "my_networks:Tiny", "args": {"width": 4}}), quiet())
     bundle = load_bundle(model, allowed_module="my_networks:Tiny")
     assert bundle.card.module == "my_networks:Tiny" and bundle.card.arguments["width"] == 4
+
+
+def test_a_training_whose_folder_another_one_has_by_now_ends_and_writes_no_bundle(job):
+    folder, configured = job
+    lock = folder / "run" / "lock.json"
+
+    class Sleeper(Console):
+        def print(self, *parts, **style):
+            if str(parts[0]).startswith("epoch 1:"):
+                lock.write_text(json.dumps(json.loads(lock.read_text()) | {"token": "another"}))
+
+    with pytest.raises(StorageError, match="another run is at work here"):
+        train(configured(), Sleeper(quiet=True))
+    assert not (folder / "run" / "model.safetensors").exists()
+    assert json.loads(lock.read_text())["token"] == "another"
 
 
 def test_a_training_that_was_stopped_ends_with_the_bytes_of_one_that_was_not(job):
