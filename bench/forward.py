@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segpipe.models.fold import fold_batchnorm
 from segpipe.models.networks import Network, build_network
-from segpipe.models.predictor import Precision, Predictor, resolve_device
+from segpipe.models.predictor import Precision, Predictor, fast_bfloat16, resolve_device
 from segpipe.models.weights import Bundle, probed_card
 from segpipe.pipeline.allocator import WORKER_ENVIRONMENT
 
@@ -156,12 +156,13 @@ def row_of(name: str, side: int, precision: Precision, rounds: int) -> str:
 @click.command()
 @click.option("--network", "networks", multiple=True, default=("unet11", "unet-mobilenetv2"), show_default=True)
 @click.option("--side", "sides", multiple=True, type=int, default=(1024, 2048), show_default=True)
-@click.option("--precision", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--precision", type=click.Choice(["bfloat16", "float32"]), help="Else what a worker chooses here.")
 @click.option("--rounds", default=5, show_default=True)
-def main(networks: tuple[str, ...], sides: tuple[int, ...], precision: Precision, rounds: int) -> None:
+def main(networks: tuple[str, ...], sides: tuple[int, ...], precision: Precision | None, rounds: int) -> None:
     if WORKER_ENVIRONMENT.items() - os.environ.items():
         # The allocator reads its settings when a process starts: this one is to have those of the workers.
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | WORKER_ENVIRONMENT)
+    precision = precision or ("bfloat16" if fast_bfloat16(resolve_device()) else "float32")
     columns = ["network", "window, px", "precision", "kFLOP a px", *(f"{kind}, Mpx/s" for kind in KINDS)]
     columns += ["matrix product, TFLOP/s", *(f"predict / {kind}" for kind in KINDS[1:]), "predict / matrix product"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")

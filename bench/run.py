@@ -1,13 +1,13 @@
 """Speed and memory of `segpipe run` against bare forward passes, on a city repeated on the lattice.
 
-    python bench/run.py ../shared/data/banepa/tiles --model buildings-mobilenetv2 --repeat 1 2 4
+    python bench/run.py ../shared/data/banepa/tiles --model buildings-mobilenetv2 --repeat 1 --repeat 4
 
 Every row is measured in one go on one machine, so its ratios hold even where its speeds do not. Prints Markdown.
 repeat n stands for n x n copies of the city side by side. The predict task and the bare pass of the same network,
 precision, threads and window (on a tensor already in memory) are timed in one process. Peak memory is the largest
 resident set that Linux tells of a process (VmHWM), looked at every second. With --compiled compiled passes of the same
-network, in bfloat16 and without any halo, are timed before and after the run: what is left of the faster ones' speed is
-told of the run without its start, which is until its first task.
+network, in the precision that a worker chooses and without any halo, are timed before and after the run: what is left
+of the faster ones' speed is told of the run without its start, which is until its first task.
 """
 
 from __future__ import annotations
@@ -149,16 +149,18 @@ def compiled_passes(model: str) -> list[Callable[[], float]]:
     import torch
 
     from segpipe.models.fold import fold_batchnorm
+    from segpipe.models.predictor import fast_bfloat16, resolve_device
     from segpipe.models.weights import load_bundle
     from segpipe.pipeline.plan import find_model
 
     network = load_bundle(find_model(model, Path.cwd())).network.eval()
     fold_batchnorm(network)
-    network = network.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    dtype = torch.bfloat16 if fast_bfloat16(resolve_device()) else torch.float32
+    network = network.to(dtype).to(memory_format=torch.channels_last)
     compiled = torch.compile(network, dynamic=False, options={"freezing": True})
 
     def timed(side: int) -> float:
-        image_BCHW = torch.randn(1, 3, side, side).to(torch.bfloat16).to(memory_format=torch.channels_last)
+        image_BCHW = torch.randn(1, 3, side, side).to(dtype).to(memory_format=torch.channels_last)
         seconds: list[float] = []
         with torch.inference_mode():
             compiled(image_BCHW)

@@ -36,8 +36,8 @@ class TooLargeError(RunError):
 
     def __init__(self, pixels: int, reason: str) -> None:
         super().__init__(
-            f"the GPU has too little memory for a window of {pixels:,} px ({reason}); cure: a smaller"
-            " `grid: {block_px: …}`, which begins anew"
+            f"the GPU has too little memory for a window of {pixels:,} px ({reason}); cure: a GPU with more"
+            " of it free, or a smaller `grid: {block_px: …}`, which begins anew"
         )
         self.pixels = pixels
         self.reason = reason
