@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 from affine import Affine
+from numpy.typing import NDArray
 
 from segpipe.models.weights import (
     BundleError,
@@ -26,7 +27,7 @@ from segpipe.models.weights import (
     resolve_bundle,
 )
 from segpipe.tasks.bucket import BucketFolder, Storage
-from segpipe.tasks.errors import TileError, UserError
+from segpipe.tasks.errors import TileError, UnreachableError, UserError
 from segpipe.tasks.files import is_remote
 from segpipe.tasks.grid import Lattice, Window, WindowIndex
 from segpipe.tasks.grid import ground_pixel_m as pixel_m_of_raster
@@ -457,8 +458,18 @@ def resolve_scale(config: CityConfig, tiles: Sequence[Tile], stored: Sequence[fl
         return Scale(low, high)
     if stored is not None:
         return Scale(*stored)
+
+    def samples(tile: Tile) -> NDArray[Any]:
+        try:
+            return sample_values(tile)
+        except TileError as error:
+            if isinstance(error, UnreachableError) or config.on_tile_error != "skip":
+                raise
+            # Left out here as it is when it is read.
+            return np.zeros(0, np.uint8)
+
     with ThreadPoolExecutor(allowance()[0]) as pool:
-        return percentile_scale(pool.map(sample_values, tiles))
+        return percentile_scale(pool.map(samples, tiles))
 
 
 def _check_resolution(config: CityConfig, headers: Sequence[TileHeader], card: Card) -> None:

@@ -174,8 +174,11 @@ def damaged_tile(city: City) -> Path:
     return path
 
 
-def test_a_dry_run_leaves_out_the_damaged_tile_that_a_run_leaves_out(city: City, damaged_tile: Path) -> None:
-    config = city.set(nodata=0, on_tile_error="skip")
+@pytest.mark.parametrize("scale", [None, "auto"])
+def test_a_dry_run_leaves_out_the_damaged_tile_that_a_run_leaves_out(
+    city: City, damaged_tile: Path, scale: str | None
+) -> None:
+    config = city.set(nodata=0, on_tile_error="skip", scale=scale)
     found = segpipe("run", "--dry-run", config)
     assert found.exit_code == 0, found.stderr
     (line,) = [line for line in found.stdout.splitlines() if line.startswith(f"{'left out':>10}  ")]
