@@ -28,7 +28,7 @@ KINDS = (HIT, FALSE_ALARM, MISS, APART)
 
 
 class Verdicts:
-    """What is known of each footprint by its number: 12 bytes for one found, 6 for a true one.
+    """What is known of each footprint by its number: 12 bytes for one found, 6 for a true one, 24 for a hidden pair.
 
     partner, iou: of a footprint found the number of the true one that it hits (-1: none) and their IoU. hit: True for a
     true one that is hit. hidden_px: of each kind, area in pixels that cannot be judged.
@@ -42,6 +42,8 @@ class Verdicts:
         self.apart = np.zeros(true, np.bool_)
         self.open: list[Pairs] = []
         """Pairs that cannot be decided in the cell that they were found in."""
+        self.hidden_pairs: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]] = []
+        """Numbers of one found and of a true one, and the hidden pixels that lie in both."""
 
     def take(self, pairs: Pairs) -> None:
         """Enter matches."""
@@ -58,10 +60,13 @@ def judge_cell(
     sides: the footprints of both kinds in it. judged_HW: True where both run and truth are valid, over its window.
     """
     window, extent = cells.window(cell), cells.extent
+    hidden = {kind: hidden_pixels(it.geometry, ~judged_HW, window) for kind, it in sides.items()}
     for kind, footprints in sides.items():
-        hidden = hidden_pixels(footprints.geometry, ~judged_HW, window)
-        hidden += np.where(footprints.is_home, _area_outside(footprints.geometry, extent), 0)
-        np.add.at(verdicts.hidden_px[kind], footprints.number, hidden)
+        outside = np.where(footprints.is_home, _area_outside(footprints.geometry, extent), 0)
+        np.add.at(verdicts.hidden_px[kind], footprints.number, hidden[kind] + outside)
+    twice = _hidden_pairs(sides, hidden, ~judged_HW, window)
+    if len(twice[0]):
+        verdicts.hidden_pairs.append(twice)
     found, true = sides[FOUND], sides[TRUE]
     first, second = _pairs_of_cell(found, true, window, extent)
     iou = ious(found.geometry[first], true.geometry[second])
@@ -82,7 +87,7 @@ def settle(verdicts: Verdicts, cells: Cells) -> None:
     """When all cells are looked at: decide what was left open, and what is apart.
 
     A true footprint is apart if it is hidden by more than half; one found, if that is so together with what lies in
-    true ones that are apart. What is a match is judged all the same.
+    true ones that are apart, less what is hidden there and counted already. What is a match is judged all the same.
     """
     verdicts.take(match(Pairs.concatenate(verdicts.open)))
     verdicts.open.clear()
@@ -94,8 +99,26 @@ def settle(verdicts: Verdicts, cells: Cells) -> None:
             verdicts.apart[true.number] = True
             found = cells.read(cell, FOUND)
             first, second = _pairs_of_cell(found, true, cells.window(cell), cells.extent)
-            common = shapely.area(shapely.intersection(found.geometry[first], true.geometry[second]))
-            np.add.at(verdicts.hidden_px[FOUND], found.number[first], common)
+            common = shapely.intersection(found.geometry[first], true.geometry[second])
+            inside = shapely.area(common) - _area_outside(common, cells.extent)
+            np.add.at(verdicts.hidden_px[FOUND], found.number[first], inside)
+    for one, other, both in verdicts.hidden_pairs:
+        np.subtract.at(verdicts.hidden_px[FOUND], one, both * verdicts.apart[other])
+    verdicts.hidden_pairs.clear()
+
+
+def _hidden_pairs(
+    sides: dict[int, Footprints], hidden: dict[int, NDArray[np.float64]], hidden_HW: NDArray[np.bool_], window: Window
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Pairs with hidden pixels of a window in both: their numbers, and how many. hidden: of each footprint, by kind."""
+    found, true = (sides[kind].take(hidden[kind] > 0) for kind in (FOUND, TRUE))
+    of_found, of_true = (hidden[kind][hidden[kind] > 0] for kind in (FOUND, TRUE))
+    first, second = overlaps(found.geometry, true.geometry)
+    # By way of the union, which has an area always; what two polygons share may be a line.
+    either = hidden_pixels(shapely.union(found.geometry[first], true.geometry[second]), hidden_HW, window)
+    both = of_found[first] + of_true[second] - either
+    some = both > 0
+    return found.number[first[some]], true.number[second[some]], both[some]
 
 
 def _pairs_of_cell(

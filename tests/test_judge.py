@@ -107,15 +107,24 @@ class Case:
             told["not judged" if t in apart else "miss", f"t{t}", None] += 1
         for number in alone:
             shape = self.found[number]
-            covered = sum(shape.intersection(self.true[t]).area for t in apart) / shape.area
+            covered = sum(self.judged_px(shape.intersection(self.true[t])) for t in apart) / shape.area
             verdict = "not judged" if self.hidden_share(shape) + covered > 0.5 else "false alarm"
             told[verdict, None, f"b{number}"] += 1
         return told
 
     def hidden_share(self, shape: shapely.Polygon) -> float:
-        inside_HW = rasterio.features.geometry_mask([shape], (HEIGHT, WIDTH), Affine.identity(), invert=True)
         outside = shape.difference(shapely.box(0, 0, WIDTH, HEIGHT)).area
-        return float((np.count_nonzero(inside_HW & self.hidden_HW) + outside) / shape.area)
+        return float((self.hidden_px(shape) + outside) / shape.area)
+
+    def judged_px(self, shape: shapely.Polygon) -> float:
+        """Area in the raster less the pixels that are hidden, each counted if its centre is in the shape."""
+        return shape.intersection(shapely.box(0, 0, WIDTH, HEIGHT)).area - self.hidden_px(shape)
+
+    def hidden_px(self, shape: shapely.Polygon) -> int:
+        if shape.is_empty:
+            return 0
+        inside_HW = rasterio.features.geometry_mask([shape], (HEIGHT, WIDTH), Affine.identity(), invert=True)
+        return np.count_nonzero(inside_HW & self.hidden_HW)
 
 
 def touches(shape: shapely.Polygon, other: shapely.Polygon) -> bool:
@@ -146,6 +155,30 @@ def test_verdicts_are_those_of_brute_force_in_any_cells(
     assert city.apart_true + city.apart_found == kinds["not judged"]
     assert city.true_classes.sum(axis=0).tolist() == [kinds["hit"], kinds["miss"]]
     assert city.found_classes.sum(axis=0).tolist() == [kinds["hit"], kinds["false alarm"]]
+
+
+@pytest.mark.parametrize("cell_px", [64, 4096])
+def test_what_cannot_be_judged_for_two_reasons_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cell_px: int
+) -> None:
+    monkeypatch.setattr(cells, "CELL_PX", cell_px)
+    case = Case(tmp_path, 0)
+    # The hidden pixels begin at column 200, and the raster ends at column 420. Both true ones are apart; of each one
+    # found 48 % cannot be judged, which would be 70 and 67 % if what lies there and in the true one counted twice.
+    true = [shapely.box(190, 110, 240, 130), shapely.box(410, 15, 450, 35)]
+    found = [shapely.box(170, 105, 215, 135), shapely.box(395, 10, 430, 40)]
+    write_layer(tmp_path / "two.gpkg", true, id=["t0", "t1"])
+    (case.run / "buildings.gpkg").unlink()
+    write_layer(case.run / "buildings.gpkg", found, building_id=["b0", "b1"], confidence=[0.9, 0.9])
+    evaluate_runs([case.run], [tmp_path / "two.gpkg"], tmp_path / "out")
+    assert layer_of(tmp_path / "out" / "evaluation.gpkg") == Counter(
+        [
+            ("not judged", "t0", None),
+            ("not judged", "t1", None),
+            ("false alarm", None, "b0"),
+            ("false alarm", None, "b1"),
+        ]
+    )
 
 
 def test_classes_of_area_sort_true_and_found_buildings_by_their_own_area(tmp_path: Path) -> None:
