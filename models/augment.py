@@ -51,12 +51,21 @@ class Augmentation:
     holes: float = 0.2
 
     def __post_init__(self) -> None:
-        if not 0.5 <= self.scale[0] <= self.scale[1]:
+        if not 0.5 <= self.scale[0] <= self.scale[1] < math.inf:
             raise ValueError(f"scale {self.scale}: expected 0.5 or more, smallest first")
+        for name, ends in (("gain", self.gain), ("blur_sigma_px", self.blur_sigma_px)):
+            if not 0 < ends[0] <= ends[1] < math.inf:
+                raise ValueError(f"{name} {ends}: expected more than 0, smallest first")
+        for name, ends in (("contrast", self.contrast), ("saturation", self.saturation)):
+            if not 0 <= ends[0] <= ends[1] < math.inf:
+                raise ValueError(f"{name} {ends}: expected 0 or more, smallest first")
+        for name in ("tilt", "brightness", "degraded", "noise", "borders", "holes"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected 0 to 1")
 
     def margin_px(self, crop_px: int) -> int:
-        """Surroundings that a turned and shrunken crop of crop_px reaches into, on each side."""
-        return int(np.ceil(crop_px / 2 * (np.sqrt(2) / self.scale[0] - 1))) + 1
+        """Surroundings that a turned crop of crop_px reaches into, on each side; 0 where it is much magnified."""
+        return max(0, int(np.ceil(crop_px / 2 * (np.sqrt(2) / self.scale[0] - 1))) + 1)
 
 
 @dataclass(frozen=True)

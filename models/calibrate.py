@@ -10,10 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from .metrics import STEPS, Histogram
 
 LIMIT = 20.0
 """Logits beyond +- this are counted as this: a probability of 2e-9 is not told from 0."""
@@ -41,20 +38,6 @@ class LogitHistogram:
     def __add__(self, other: LogitHistogram) -> LogitHistogram:
         return LogitHistogram(self.positive + other.positive, self.negative + other.negative)
 
-    @staticmethod
-    def of_stored(counts: Histogram) -> LogitHistogram:
-        """Of stored probabilities (0..250): the logit of the middle of what is rounded to each.
-
-        Coarse at both ends: 0 stands for all probabilities below 0.002, and is taken for 0.001.
-        """
-        middle = torch.arange(STEPS + 1, dtype=torch.float64) / STEPS
-        middle[0], middle[-1] = 0.25 / STEPS, 1 - 0.25 / STEPS
-        bins = _bins(torch.logit(middle))
-        empty = torch.zeros(BINS, dtype=torch.int64)
-        return LogitHistogram(
-            empty.index_add(0, bins, counts.positive.cpu()), empty.index_add(0, bins, counts.negative.cpu())
-        )
-
 
 def logit_histogram(logits: Tensor, target: Tensor, valid: Tensor) -> LogitHistogram:
     """Count the logits of the valid pixels, apart for target 1 and 0. All three have one shape."""
@@ -77,13 +60,6 @@ def fit_temperature(counts: LogitHistogram) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if _slope(counts, middle) > 0 else (middle, high)
     return 2 / (low + high)
-
-
-def cross_entropy(counts: LogitHistogram, temperature: float = 1.0) -> float:
-    """Mean cross entropy in nats of the counted pixels at a temperature; 0 where nothing was counted."""
-    logits = _logits() / temperature
-    total = (counts.positive * F.softplus(-logits) + counts.negative * F.softplus(logits)).sum()
-    return float(total / max(int(counts.positive.sum() + counts.negative.sum()), 1))
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,8 @@ def run_loop(job: Job, report: Callable[[Record], None]) -> None:
             if died is None:
                 raise
             raise FitError(
-                f"a process that reads crops has died: loader {died}; cure: more memory, fewer loaders or a smaller"
-                f" batch; {loop.kept()}"
+                f"a process that reads crops has died: loader {died}; cure: more memory or fewer loaders, or, in"
+                f" another `output:`, a smaller batch; {loop.kept()}"
             ) from None
         finally:
             signal.signal(signal.SIGINT, interrupted)  # Lightning leaves it ignored
@@ -281,7 +281,9 @@ class Loop(LightningModule):
                 first, more = index - self.trainer.global_rank, self.trainer.world_size - 1
                 named = f"batches {first} to {first + more}" if more else f"batch {first}"
                 raise FitError(
-                    f"{what} at step {at}, {named}; a lower learning rate or clip_norm may help; {self.kept()}", first
+                    f"{what} at step {at}, {named}; a lower learning rate or clip_norm, in another `output:`, may help;"
+                    f" {self.kept()}",
+                    first,
                 )
         self.batches, self.losses, self.lengths = [], [], []
         mean = sum(losses) / len(losses)

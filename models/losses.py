@@ -99,8 +99,9 @@ def _import_loss(name: str) -> Callable[..., Tensor]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
-        raise LossError(f"loss {name}: {module!r} cannot be imported: {error}") from None
+    except Exception as error:  # of whatever kind: the module is the user's own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise LossError(f"loss {name}: {module!r} cannot be imported: {reason}") from error
     if not callable(found):
         raise LossError(f"loss {name}: {module!r} has no function {attribute!r}")
     loss: Callable[..., Tensor] = found

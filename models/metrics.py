@@ -249,13 +249,6 @@ def score(
     return Scores(histogram(stored, true, keep), outer, sums)
 
 
-def edge_mask(height: int, width: int, edge_px: int = EDGE_PX) -> Tensor:
-    """edge_HW: True within edge_px of the border of an area of that size."""
-    edge_HW = torch.ones(height, width, dtype=torch.bool)
-    edge_HW[edge_px : max(height - edge_px, edge_px), edge_px : max(width - edge_px, edge_px)] = False
-    return edge_HW
-
-
 def _quotient(part: Tensor, whole: Tensor) -> Tensor:
     """Part / whole, 1 where both are 0, without waiting for a GPU."""
     part, whole = part.double(), whole.double()

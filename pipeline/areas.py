@@ -177,23 +177,23 @@ def _chunks(folder: Path, array: str, window: Window) -> Iterator[tuple[Window, 
 
 @dataclass(frozen=True)
 class Pixels:
-    """One array of a store as something to be sliced: rows and columns are counted from the grid's corner.
+    """One array of a store as something to be sliced: rows and columns are counted from a corner, (row, col).
 
-    band: the one band that is wanted, None: all of them.
+    The corner is that of the area's own grid: the store may cover more, since it never shrinks. band: the one band that
+    is wanted, None: all of them.
     """
 
     folder: Path
     array: str
+    corner_yx: tuple[int, int]
     shape: tuple[int, ...]
     band: int | None = None
 
     def __getitem__(self, key: tuple[slice, ...]) -> NDArray[np.uint8]:
         """The values in the slices, read from the chunks that they meet."""
         rows, cols = key[-2:]
-        grid = _opened(self.folder, os.getpid()).grid
-        window = Window(
-            grid.row_off + rows.start, grid.col_off + cols.start, rows.stop - rows.start, cols.stop - cols.start
-        )
+        row_off, col_off = self.corner_yx
+        window = Window(row_off + rows.start, col_off + cols.start, rows.stop - rows.start, cols.stop - cols.start)
         values = np.zeros((*self.shape[:-2], *window.shape_yx), np.uint8)
         for cell, chunk in _chunks(self.folder, self.array, window):
             common = cell.intersect(window)
@@ -204,13 +204,13 @@ class Pixels:
 
 def stored_area(name: str, folder: Path, layout: Layout, known: dict[str, list[int]], **options: object) -> Area:
     """An area in the store of a folder and that of its labels. known: its window and counts, as the ledger has them."""
-    shape_yx = layout.grid.shape_yx
+    corner_yx, shape_yx = (layout.grid.row_off, layout.grid.col_off), layout.grid.shape_yx
     valid_px, positive_px = known["pixels"]
     return Area(
         name,
-        Pixels(folder, "image", (layout.bands, *shape_yx)),
-        Pixels(folder / "labels", "image", shape_yx, band=0),
-        Pixels(folder, "valid", shape_yx),
+        Pixels(folder, "image", corner_yx, (layout.bands, *shape_yx)),
+        Pixels(folder / "labels", "image", corner_yx, shape_yx, band=0),
+        Pixels(folder, "valid", corner_yx, shape_yx),
         Window(*known["window"]),
         valid_px,
         positive_px,

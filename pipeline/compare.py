@@ -12,7 +12,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from segpipe.models.weights import BundleError, Card, blank_network, read_card
+from segpipe.models.networks import is_own
+from segpipe.models.weights import BundleError, Card, blank_network, check_module, read_card
 from segpipe.tasks.errors import UserError
 
 from .beside import written_beside
@@ -118,11 +119,10 @@ class Training:
     @property
     def but_seed(self) -> str:
         """Its settings without the seed, its names, and what changes nothing: alike where only the seed differs."""
-        values = self.config.model_dump(mode="json", by_alias=True)
-        for key in ("name", "output", "readers"):
+        values = self.config.deciding()
+        for key in ("name", "output"):
             del values[key]
-        for key in ("seed", "loaders"):
-            del values["fit"][key]
+        del values["fit"]["seed"]
         return json.dumps(values, sort_keys=True)
 
 
@@ -163,7 +163,7 @@ def compare_runs(folders: Sequence[Path], output: Path) -> list[str]:
     try:
         views = find_crops(trainings[0].config, trainings[0].folder, trainings[0].card)
         _check_crops(trainings)
-        bundles = [(it.label, it.folder / BUNDLE, it.card.module) for it in trainings]
+        bundles = [(it.label, it.folder / BUNDLE, _own_module(it.config)) for it in trainings]
         with written_beside(output / "crops.png") as partial:
             draw_crops(partial, views, bundles)
         crops = tuple(_place(view) for view in views)
@@ -217,6 +217,9 @@ def _read_training(folder: Path) -> Training:
     config = load_train(folder / "train.yaml")
     try:
         card = read_card(folder / BUNDLE)
+        if card.architecture != config.network.name:
+            raise UserError(f"{folder}: train.yaml is of {config.network.name}, and {BUNDLE} of {card.architecture}")
+        check_module(folder / BUNDLE, card, _own_module(config))
         network = blank_network(card)
         parts = json.loads((folder / "split.json").read_text(encoding="utf-8"))
         with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
@@ -225,8 +228,6 @@ def _read_training(folder: Path) -> Training:
         raise UserError(str(error)) from None
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder}: not as `segpipe train` leaves it: {error}") from None
-    if card.architecture != config.network.name:
-        raise UserError(f"{folder}: train.yaml is of {config.network.name}, and {BUNDLE} of {card.architecture}")
     if not _part(card, "validation") or card.metrics.get("epoch") not in [row.get("epoch") for row in rows]:
         raise UserError(f"{folder / BUNDLE}: its metrics are not those of metrics.csv; expected what was trained here")
     sizes = [(name.startswith(network.encoder_prefix), it.numel()) for name, it in network.named_parameters()]
@@ -241,6 +242,11 @@ def _read_training(folder: Path) -> Training:
         sum(size for _, size in sizes),
         sum(size for in_encoder, size in sizes if not (in_encoder and config.network.freeze_encoder)),
     )
+
+
+def _own_module(config: TrainConfig) -> str | None:
+    """The user's own network that train.yaml names, the only one whose code may run; None: it names one of ours."""
+    return config.network.name if is_own(config.network.name) else None
 
 
 def _part(card: Card, part: str) -> dict[str, Any]:

@@ -539,6 +539,12 @@ class TrainConfig(_Job):
     output: Annotated[PathText, AfterValidator(_check_local)] = Field(description="a folder such as runs/buildings")
     bands: BandNumbers = (1, 2, 3)
 
+    def deciding(self) -> dict[str, Any]:
+        """All values, with absolute paths, but those that change nothing of what comes out of the training."""
+        values = self.model_dump(mode="json", by_alias=True) | self._absolute_paths()
+        del values["readers"], values["fit"]["loaders"]
+        return values
+
     def _absolute_paths(self) -> dict[str, Any]:
         def absolute(areas: tuple[AreaConfig, ...]) -> list[dict[str, Any]]:
             return [

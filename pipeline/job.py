@@ -90,6 +90,10 @@ def plan_job(config: TrainConfig, network: Network, sources: Sources, field: Fie
     settings = resolve_settings(config, batches)
     per_epoch = settings.steps_per_epoch * settings.accumulate * settings.processes
     validate_px = None if job.validate_px == "all" else job.validate_px
+    views = tuple(plan_views(split.validate, validate_px))
+    if validate_px is not None:
+        _check_crops("validate", views, validate_px)
+        _check_crops("test", plan_views(split.test, validate_px), validate_px)
     return TrainJob(
         split,
         normalisation,
@@ -98,7 +102,7 @@ def plan_job(config: TrainConfig, network: Network, sources: Sources, field: Fie
         settings,
         Batches(sampler, job.batch, job.seed, order, per_epoch),
         validate_px,
-        tuple(plan_views(split.validate, validate_px)),
+        views,
         UNBOUNDED_HALO_PX if field.halo_px is None else min(field.halo_px, LARGEST_AUTO_HALO_PX),
         draft_card(config, network, sources, normalisation, field),
     )
@@ -121,6 +125,18 @@ def _split(config: TrainConfig, sources: Sources, halo_px: int | None) -> Split:
                 " have other values"
             )
     return replace(split, validate=validating, test=tested, names=names)
+
+
+def _check_crops(part: str, views: Sequence[View], validate_px: int) -> None:
+    """UserError for a part whose central crops hold no label: it would be measured on nothing. No views, no part."""
+    if not views or any((cut(view.area, view.core)[2] == SCORED).any() for view in views):
+        return
+    names = list(dict.fromkeys(view.area.name for view in views))
+    told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+    raise UserError(
+        f"fit.validate_px: {validate_px} px in the middle of each tile of `{part}` ({told}) have no labelled pixel;"
+        " expected some to measure on; cure: a larger one, or all"
+    )
 
 
 def resolve_normalisation(config: TrainConfig, areas: Sequence[Area]) -> Normalisation:
@@ -180,6 +196,9 @@ def resolve_augmentation(config: TrainConfig) -> Augmentation | None:
 
 def check_settings(config: TrainConfig) -> None:
     """What can be refused before anything is read, is: as if the data were large."""
+    for key, why in (("bands", "as many as `bands:` names"), ("classes", "always 1")):
+        if key in config.network.args:
+            raise UserError(f"network.args: {key} {config.network.args[key]}; expected none: they are {why}")
     resolve_augmentation(config)
     resolve_settings(config, LARGE)
 

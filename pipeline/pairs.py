@@ -27,7 +27,7 @@ from .config import TrainConfig
 from .inputs import natural
 from .ledger import Ledger
 from .plan import key_of
-from .store import Layout, Store, prepare_store
+from .store import STORE, Layout, Store, prepare_store
 
 ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp"})
 STEM = "{stem}"
@@ -242,10 +242,16 @@ def _unit(part: range) -> str:
     return f"pairs{part.start}"
 
 
-def parts_to_read(plan: PairsPlan) -> list[range]:
-    """Make the store, and say which parts are not in it yet."""
+def prepare_pairs(plan: PairsPlan) -> None:
+    """Make the stores of images and labels, or let them grow; those of another layout are replaced."""
     prepare_store(plan.folder, plan.layout)
     prepare_store(plan.folder / "labels", Layout(plan.layout.lattice, plan.layout.grid, plan.chunk_px, 1))
+
+
+def parts_to_read(plan: PairsPlan) -> list[range]:
+    """Which parts are not in the stores yet, as the ledger has it; all where a store is not there. Writes nothing."""
+    if not all((folder / STORE).is_dir() for folder in (plan.folder, plan.folder / "labels")):
+        return plan.parts
     ledger = Ledger(plan.folder)
     return [part for part in plan.parts if ledger.done("read", _unit(part), plan.key(part)) is None]
 

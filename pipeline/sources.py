@@ -13,7 +13,7 @@ from segpipe.tasks.errors import UserError
 from .areas import AreaPlan, is_read, pixels_of, plan_area, plan_inria, write_area
 from .cluster_local import call_each
 from .config import AreaConfig, TrainConfig
-from .pairs import PairsPlan, parts_to_read, plan_pairs, write_part
+from .pairs import PairsPlan, parts_to_read, plan_pairs, prepare_pairs, write_part
 from .workers import allowance
 
 ALONE_PX = 30_000_000
@@ -94,5 +94,7 @@ def read_sources(sources: Sources, readers: int | str, console: Console) -> None
         console.print(f"reading {pixels / 1e6:,.1f} Mpx into chunks, {workers} at once", highlight=False)
     for _ in call_each(write_area, [(plan,) for plan in plans], workers):
         pass
+    if pairs is not None and parts:
+        prepare_pairs(pairs)
     for _ in call_each(write_part, [(pairs, part) for part in parts], workers):
         pass

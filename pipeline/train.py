@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from segpipe.models.augment import Normalisation, prepare
 from segpipe.models.field import Field, probe_field
-from segpipe.models.fit import FitError, Fitted, Record, first_process, fit
+from segpipe.models.fit import FitError, FitSettings, Fitted, Record, first_process, fit
 from segpipe.models.initialise import initialise
 from segpipe.models.losses import Loss, LossError, resolve_loss
 from segpipe.models.metrics import Scores
@@ -25,12 +26,12 @@ from segpipe.tasks.errors import RunError, UserError
 from segpipe.tasks.sample import SCORED, cut
 
 from .areas import is_read
-from .config import TrainConfig
+from .config import TrainConfig, load_train
 from .job import TrainJob, check_settings, plan_job, resolve_normalisation
 from .lock import check_lock, locked
 from .measure import Eye, View, look, measure
 from .pairs import parts_to_read
-from .plan import check_output
+from .plan import check_output, key_of
 from .progress import terminal
 from .sources import Sources, check_sources, plan_sources, read_sources
 from .split import Split
@@ -38,7 +39,9 @@ from .storage import write_bytes
 from .train_end import BUNDLE, REPORT, SAMPLES, finish
 from .train_report import triptych
 
-SPLIT = "split.json"
+CONFIG, SPLIT = "train.yaml", "split.json"
+BASIS = "basis.json"
+"""What a training is made from besides its settings: a digest of its images and labels, and what `auto` was."""
 WAIT_S = 1.0
 
 
@@ -56,16 +59,18 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     loss = new_loss(config)
     sources = plan_sources(config, output / "areas")
     network = new_network(config)
-    field = probe_field(network, network.stride, len(config.bands))
+    field = new_field(config, network)
     if first_process():
+        data = data_digest(sources)
         output.mkdir(parents=True, exist_ok=True)
         with locked(output) as token:
-            keep_config(config, output)
+            check_config(config, output)
+            check_data(data, output)
             if (output / REPORT).exists():
                 console.print(f"trained already: {output / BUNDLE}", highlight=False, soft_wrap=True)
                 return output / BUNDLE
             read_sources(sources, config.readers, console)
-            return _train_and_write(config, network, loss, sources, field, output, console, token)
+            return _train_and_write(config, network, loss, sources, data, field, output, console, token)
     _wait_for(sources)
     job = plan_job(config, network, sources, field)
     _fit(config, job, network, loss, output, Console(quiet=True))
@@ -77,13 +82,17 @@ def _train_and_write(
     network: Network,
     loss: Loss,
     sources: Sources,
+    data: str,
     field: Field,
     output: Path,
     console: Console,
     token: str,
 ) -> Path:
     job = plan_job(config, network, sources, field)
+    # Only now: what was refused up to here is mended in the same folder.
+    write_bytes(output / CONFIG, config.resolved_yaml().encode())
     keep_split(job.split, output)
+    keep_basis(data, job.settings, output)
     for line in _described(job):
         console.print(line, highlight=False, soft_wrap=True)
     fitted = _fit(config, job, network, loss, output, console, token)
@@ -92,10 +101,13 @@ def _train_and_write(
 
 
 def new_network(config: TrainConfig) -> Network:
-    """The network with its first weights. UserError for a name, arguments or weights that do not fit."""
+    """The network with its first weights, from the seed. UserError for a name, arguments or weights that do not fit."""
     arguments: dict[str, Any] = {"bands": len(config.bands), "classes": 1, **config.network.args}
     try:
-        network = build_network(config.network.name, **arguments)
+        # What the constructor of a user's own network draws is kept.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.fit.seed)
+            network = build_network(config.network.name, **arguments)
     except ValueError as error:
         raise UserError(f"network: {error}") from None
     if config.normalisation != "statistics":
@@ -110,6 +122,17 @@ def start(config: TrainConfig, network: Network, normalisation: Normalisation) -
         initialise(network, config.network.initialisation, normalisation.mean, normalisation.std, base, config.fit.seed)
     except (ValueError, OSError) as error:  # BundleError among them
         raise UserError(f"network.initialisation: {error}") from None
+
+
+def new_field(config: TrainConfig, network: Network) -> Field:
+    """How far the network sees. UserError for a user's own that fails, or gives logits of another height or width."""
+    try:
+        return probe_field(network, network.stride, len(config.bands))
+    except Exception as error:
+        if not is_own(config.network.name):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"network: {config.network.name} cannot be run: {reason}") from error
 
 
 def new_loss(config: TrainConfig) -> Loss:
@@ -135,12 +158,19 @@ def _wait_for(sources: Sources) -> None:
         time.sleep(WAIT_S)
 
 
-def keep_config(config: TrainConfig, output: Path) -> None:
-    """Write the resolved configuration, or compare with the one of the training that is to go on."""
-    text, path = config.resolved_yaml(), output / "train.yaml"
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+def check_config(config: TrainConfig, output: Path) -> None:
+    """UserError where the training that is to go on, or is done, has other settings, but for what changes nothing."""
+    path = output / CONFIG
+    if path.exists() and _deciding(path) != config.deciding():
         raise UserError(f"{path}: of another training; expected the same settings to go on; cure: another `output:`")
-    write_bytes(path, text.encode())
+
+
+def _deciding(path: Path) -> dict[str, Any] | None:
+    """What decides a training, of the configuration in its folder; None for one that is not understood."""
+    try:
+        return load_train(path).deciding()
+    except UserError:
+        return None
 
 
 def keep_split(split: Split, output: Path) -> None:
@@ -149,6 +179,42 @@ def keep_split(split: Split, output: Path) -> None:
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise UserError(f"{path}: of other areas than there are now; expected the same; cure: another `output:`")
     write_bytes(path, text.encode())
+
+
+def data_digest(sources: Sources) -> str:
+    """Of the files that all areas and pairs are read from, and how: another one where an image or label has changed."""
+    pairs = sources.pairs
+    parts = [] if pairs is None else [pairs.key(part) for part in pairs.parts]
+    return key_of([plan.key for plan in sources.areas], parts)
+
+
+def check_data(data: str, output: Path) -> None:
+    """UserError where the training that is to go on, or is done, has another digest of its images and labels."""
+    if _basis(output).get("data", data) != data:
+        raise UserError(
+            f"{output / BASIS}: of other images or labels than there are now, or of a version that reads them"
+            " otherwise; expected the same; cure: another `output:`"
+        )
+
+
+def keep_basis(data: str, settings: FitSettings, output: Path) -> None:
+    """Write what the training is made from. UserError where `auto` was something else when it began."""
+    found = {"precision": settings.precision, "steps_per_epoch": settings.steps_per_epoch}
+    known = _basis(output)
+    for name, value in found.items():
+        if known.get(name, value) != value:
+            raise UserError(
+                f"{output / BASIS}: {name} was {known[name]}, and is {value} on this machine; expected the same to go"
+                " on; cure: a machine such as the first, or another `output:`"
+            )
+    write_bytes(output / BASIS, json.dumps({"data": data, **found}, indent=1).encode())
+
+
+def _basis(output: Path) -> Mapping[str, Any]:
+    """What is written of the training that is to go on; nothing of one that has not begun, or of an older version."""
+    path = output / BASIS
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return known
 
 
 @dataclass(frozen=True)

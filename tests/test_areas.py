@@ -29,7 +29,7 @@ from segpipe.pipeline.split import split_areas
 from segpipe.pipeline.store import Store
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.grid import Window
-from segpipe.tasks.sample import CONTEXT, SCORED, Area, CropSampler
+from segpipe.tasks.sample import CONTEXT, SCORED, Area, CropSampler, cut
 
 ORIGIN_X, ORIGIN_Y, PX_M = 500_000.1, 4_000_000.2, 0.3
 
@@ -241,6 +241,21 @@ def test_workers_write_the_chunks_that_this_process_writes(job):
         assert all(np.array_equal(*planes) for planes in zip(whole(open_area(plan)), here, strict=True))
     (folder / "image.tif").touch()
     assert not is_read(plans[0])
+
+
+def test_an_area_that_once_had_more_tiles_is_read_where_its_own_lie(job):
+    folder, image, label, read = job
+    for kind, array in (("image", image), ("mask", label[None])):
+        write_raster(folder / f"west_{kind}.tif", array, off_px=-1600.0)
+    every = {"images": "*image.tif", "labels": "*mask.tif"}
+    assert read(**every).valid_pixels == 2 * image[0].size
+    for kind in ("image", "mask"):
+        (folder / f"west_{kind}.tif").unlink()
+    area = read(**every)
+    found, buildings, valid = cut(area, area.window.pad(1600))
+    core = area.window.within(area.window.pad(1600))
+    assert np.array_equal(found[:, *core], image) and np.array_equal(buildings[core], label // 255)
+    assert (valid[core] == SCORED).all() and np.count_nonzero(valid) == image[0].size, "nothing of what is gone"
 
 
 def test_inria_validates_tiles_1_to_5_of_each_city(tmp_path):

@@ -151,3 +151,39 @@ def test_one_band_is_augmented_without_colour():
     one = Normalisation(mean=(0.5,), std=(0.25,))
     batch = augment(image[:, :1], label, valid, (32, 32), Augmentation(), one, np.random.default_rng(0))
     assert batch.image_BCHW.shape == (2, 1, 32, 32) and batch.image_BCHW.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scale": (0.4, 1.0)},
+        {"scale": (1.4, 0.7)},
+        {"scale": (1.0, float("inf"))},
+        {"gain": (0, 1.1)},
+        {"gain": (1.2, 1.1)},
+        {"contrast": (-0.1, 1)},
+        {"saturation": (1.5, 0.5)},
+        {"blur_sigma_px": (0, 0)},
+        {"blur_sigma_px": (1.1, 0.4)},
+        {"brightness": -0.1},
+        {"noise": float("nan")},
+        {"tilt": 1.5},
+        {"degraded": -1},
+        {"borders": 7},
+        {"holes": -3},
+    ],
+)
+def test_what_no_variant_could_be_made_with_is_refused_by_its_name(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=rf"^{name} .*: expected"):
+        Augmentation(**wrong)
+
+
+@pytest.mark.parametrize("scale", [(1.6, 2.0), (1.42, 1.42)])
+def test_a_crop_that_is_only_magnified_needs_no_margin_or_a_small_one(scale):
+    settings = replace(PLAIN, scale=scale, tilt=1)
+    margin = settings.margin_px(64)
+    assert 0 <= margin <= 1
+    image, label, valid = make_crops(8, 64 + 2 * margin)
+    batch = augment(image, label, valid, (64, 64), settings, NORMAL, np.random.default_rng(0))
+    assert batch.valid_BHW.all()

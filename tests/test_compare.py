@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from rasterio.transform import from_origin
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from segpipe.models.weights import load_bundle, save_bundle
+from segpipe.models.weights import METADATA_KEY, load_bundle, save_bundle
 from segpipe.pipeline.cli import main
 from segpipe.pipeline.compare import compare_runs, differences, group, read_trainings
 from segpipe.pipeline.compare_figures import GAP_PX, LEAST_WIDE_PX, TITLE_PX, find_crops, green, predict_view
@@ -351,6 +353,29 @@ def test_a_folder_that_is_no_finished_training_is_refused_in_one_line(
     assert found.exit_code == 2
     assert len(found.stderr.splitlines()) == 1 and words in found.stderr and "bad" in found.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_no_bundle_decides_what_code_runs(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(trained / "frozen", tmp_path / "bad")
+    (tmp_path / "planted.py").write_text("from test_compare import Tiny\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    bundle = tmp_path / "bad" / "model.safetensors"
+    own = {"architecture": "planted:Tiny", "module": "planted:Tiny"}
+    card = load_bundle(bundle, NETWORK).card.model_copy(update=own)
+    save_file(load_file(bundle), bundle, {METADATA_KEY: card.model_dump_json()})
+    with pytest.raises(UserError, match=r"of test_compare:Tiny, and model\.safetensors of planted:Tiny"):
+        read_trainings([tmp_path / "bad"])
+    assert "planted" not in sys.modules
+
+
+def test_looking_for_crops_leaves_the_chunks_of_a_training_as_they_are(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "pets", tmp_path / "pets")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    card = load_bundle(trained / "pets" / "model.safetensors", NETWORK).card
+    other = load_train(trained / "pets" / "train.yaml", ["pairs.resize_px=[80, 80]"])
+    with pytest.raises(UserError, match="not made from the files"):
+        find_crops(other, tmp_path / "pets", card)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_folder_that_is_not_there_or_named_twice_is_refused(trained: Path, tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def test_a_loss_is_found_by_name_with_its_arguments_or_in_a_module_of_the_user()
         ("bce", {"weight": 2}, "loss bce with .*'weight'"),
         ("bce-jaccard", {"jaccard": "image"}, "jaccard is 'image'; expected batch or pixel"),
         ("not_there.at_all:loss", {}, "cannot be imported"),
+        (":loss", {}, "cannot be imported"),
         (f"{__name__}:no_such_loss", {}, "has no function 'no_such_loss'"),
         (f"{__name__}:own_loss", {"gamma": 2}, "gamma"),
     ],

@@ -1,21 +1,26 @@
 """Images without georeference and their masks: matched by name, read in all their kinds, cached, dealt out."""
 
+import shutil
+
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from segpipe.pipeline.config import load_train
 from segpipe.pipeline.pairs import (
     open_pairs,
     parts_to_read,
     plan_pairs,
+    prepare_pairs,
     read_mask,
     read_picture,
     resize_image,
     resize_mask,
     write_part,
 )
+from segpipe.pipeline.sources import Sources, read_sources
 from segpipe.tasks.errors import TileError, UserError
 from segpipe.tasks.sample import SCORED, CropSampler, cut, permutation
 
@@ -38,6 +43,7 @@ def job(tmp_path):
 
     def read(**changes):
         plan = plan_pairs(configured(tmp_path, **changes), tmp_path / "areas")
+        prepare_pairs(plan)
         for part in parts_to_read(plan):
             write_part(plan, part)
         assert not parts_to_read(plan)
@@ -154,6 +160,33 @@ def test_only_pairs_whose_files_have_changed_are_read_again(job):
     Image.fromarray(np.full_like(pictures["cat_2"][1], 2)).save(folder / "trimaps" / "cat_2.png")
     assert parts_to_read(plan) == plan.parts
     assert [area.positive_pixels for area in read()][1] == 0
+
+
+def test_looking_for_what_is_to_be_read_writes_nothing(job):
+    folder, _, read = job
+    plan = plan_pairs(configured(folder), folder / "areas")
+    assert parts_to_read(plan) == plan.parts and not (folder / "areas").exists()
+    read()
+    before = {path: path.read_bytes() for path in (folder / "areas").rglob("*") if path.is_file()}
+    for ending in ("images", "trimaps"):
+        Image.new("L", (300, 200), 1).save(folder / ending / "dog_10.png")
+    larger = plan_pairs(configured(folder), folder / "areas")
+    assert larger.chunk_px != plan.chunk_px and parts_to_read(larger) == larger.parts
+    assert {path: path.read_bytes() for path in (folder / "areas").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("gone", ["areas/store.zarr", "areas/labels/store.zarr"])
+def test_a_store_that_is_gone_is_read_again_whole_whatever_the_ledger_says(job, gone):
+    folder, pictures, read = job
+    read()
+    shutil.rmtree(folder / gone)
+    plan = plan_pairs(configured(folder), folder / "areas")
+    assert parts_to_read(plan) == plan.parts
+    read_sources(Sources((), (), (), plan), 1, Console(quiet=True))
+    for area in open_pairs(plan):
+        image, trimap = pictures[area.name]
+        found, label, _ = cut(area, area.window)
+        assert np.array_equal(found, image) and np.array_equal(label, trimap == 1)
 
 
 def test_an_epoch_takes_each_pair_once_in_an_order_of_its_own():

@@ -90,6 +90,8 @@ def job(tmp_path):
 
 
 quiet = partial(Console, quiet=True)
+LIGHT = {"network": {"name": "own_networks:everywhere", "initialisation": "default"}}
+"""A network of one layer, for what has nothing to do with the network."""
 
 
 def test_training_gives_a_bundle_with_all_that_run_needs_and_is_not_done_twice(job):
@@ -150,6 +152,9 @@ def test_another_training_in_the_same_folder_is_refused(job):
         ({"fit": {"args": {"gamma": 2}}}, "gamma"),
         ({"fit": LEAST["fit"] | {"warmup_steps": 2}}, "warmup_steps 2 of 2 steps"),
         ({"augment": {"zoom": 3}}, r"augment\.zoom: unknown key"),
+        ({"augment": {"gain": [0, 1.1]}}, "augment: gain"),
+        ({"network": {"name": "unet-mobilenetv2", "args": {"bands": 4}}}, r"network\.args: bands .*`bands:`"),
+        ({"network": {"name": "unet-mobilenetv2", "args": {"classes": 2}}}, r"network\.args: classes"),
         ({"normalisation": {"mean": [0.5], "std": [0.2]}}, "expected 3"),
         ({"bands": [1, 2]}, "imagenet has 3 bands"),
         (
@@ -164,6 +169,124 @@ def test_what_cannot_be_trained_is_refused_in_one_line(job, changes, message):
         train(configured(**changes), quiet())
     assert "\n" not in str(caught.value)
     assert message == "values" or not (folder / "run").exists(), "before any work"
+
+
+@pytest.mark.parametrize("changed", ["areas", "pairs"])
+def test_a_training_neither_goes_on_nor_is_done_once_its_images_or_labels_are_others(job, changed):
+    folder, configured = job
+    changes = dict(LIGHT)
+    if changed == "pairs":
+        for n in range(3):
+            write_pair(folder, n, n)
+        pairs = {"images": "images/*.png", "masks": "masks/{stem}.png"}
+        changes |= {"areas": [], "validate": [], "pairs": pairs, "split": {"validate": 1}}
+    train(configured(**changes), quiet())
+    chunks = stamps(folder / "run" / "areas")
+    if changed == "pairs":
+        write_pair(folder, 1, 9)
+    else:
+        write_raster(folder / "a_mask.tif", draw(130, 150, 9)[1][None])
+    with pytest.raises(UserError, match=r"of other images or labels.*another `output:`") as caught:
+        train(configured(**changes), quiet())
+    assert "\n" not in str(caught.value)
+    (folder / "run" / "report.html").unlink()
+    with pytest.raises(UserError, match="of other images or labels"):
+        train(configured(**changes), quiet())
+    assert chunks and stamps(folder / "run" / "areas") == chunks
+    (folder / "run" / "basis.json").unlink()
+    train(configured(**changes), quiet())
+    assert (folder / "run" / "report.html").exists(), "a folder of an older version goes on"
+
+
+def write_pair(folder, number, seed):
+    image, label = draw(96, 110, seed)
+    for kind, pixels in (("images", image.transpose(1, 2, 0)), ("masks", label)):
+        (folder / kind).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / kind / f"p{number}.png")
+
+
+def test_labels_that_are_mended_before_the_first_step_are_no_other_training(job):
+    folder, configured = job
+    mask = (folder / "a_mask.tif").read_bytes()
+    write_raster(folder / "a_mask.tif", np.zeros((1, 130, 150), np.uint8))
+    with pytest.raises(UserError, match="none of 1 has a building pixel"):
+        train(configured(**LIGHT), quiet())
+    (folder / "a_mask.tif").write_bytes(mask)
+    train(configured(**LIGHT), quiet())
+
+
+def test_a_training_does_not_go_on_with_another_precision_than_auto_was_at_first_but_stays_done(job, monkeypatch):
+    folder, configured = job
+    changes = LIGHT | {"fit": LEAST["fit"] | {"precision": "auto"}}
+    monkeypatch.setattr(job_module, "fast_bfloat16", lambda device: False)
+    train(configured(**changes), quiet())
+    monkeypatch.setattr(job_module, "fast_bfloat16", lambda device: True)
+    train(configured(**changes), quiet())
+    (folder / "run" / "report.html").unlink()
+    with pytest.raises(UserError, match=r"precision was float32, and is bfloat16.*another `output:`"):
+        train(configured(**changes), quiet())
+
+
+def test_another_number_of_processes_that_read_is_the_same_training_and_another_batch_is_not(job):
+    folder, configured = job
+    model = train(configured(**LIGHT), quiet()).read_bytes()
+    console = Console(record=True, file=(folder / "log").open("w"), width=200)
+    train(configured("fit.loaders=1", "readers=1", **LIGHT), console)
+    assert "trained already" in console.export_text()
+    assert (folder / "run" / "model.safetensors").read_bytes() == model
+    with pytest.raises(UserError, match="another training"):
+        train(configured("fit.batch=3", **LIGHT), quiet())
+
+
+@pytest.mark.parametrize("part", ["validate", "test"])
+def test_central_crops_without_a_label_are_refused_before_the_first_step(job, part):
+    folder, configured = job
+    image, label = draw(300, 300, 3)
+    label[100:200, 100:200] = 7
+    write_raster(folder / "c_image.tif", image)
+    write_raster(folder / "c_mask.tif", label[None])
+    changes = LIGHT | {part: [{"images": "c_image.tif", "labels": "c_mask.tif", "ignore": [7]}]}
+    with pytest.raises(UserError, match=rf"fit\.validate_px: 64 .*{part}.*c_image.*a larger one, or all") as caught:
+        train(configured(**changes), quiet())
+    assert "\n" not in str(caught.value)
+    assert not (folder / "run" / "split.json").exists()
+    train(configured("fit.validate_px=150", **changes), quiet())
+
+
+def test_the_first_weights_of_an_own_network_come_from_the_seed(job):
+    _, configured = job
+
+    def weights(seed):
+        return story.new_network(configured(f"fit.seed={seed}", **LIGHT)).get_parameter("own.weight")
+
+    torch.manual_seed(1)
+    first = weights(5)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    assert torch.equal(weights(5), first)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(weights(6), first)
+
+
+@pytest.mark.parametrize(
+    ("body", "changes", "message"),
+    [
+        ("def net():\n    return nn.Conv2d(3, 1, 2, stride=2)\n", "network", "network: .*logits"),
+        ("def net():\n    return nn.Conv2d(5, 1, 1)\n", "network", "network: .*RuntimeError.*channels"),
+        ("def net(:\n", "network", "network: .*cannot be imported.*SyntaxError"),
+        ("1 / 0\n", "network", "network: .*cannot be imported.*ZeroDivisionError"),
+        ("def net(:\n", "loss", r"fit\.loss: .*cannot be imported.*SyntaxError"),
+    ],
+)
+def test_mistakes_in_a_users_own_code_are_told_in_one_line(job, request, body, changes, message):
+    folder, configured = job
+    module = f"mistake{abs(hash(request.node.name))}"
+    (folder / f"{module}.py").write_text(f"from torch import nn\n\n{body}")
+    name = f"{module}:net"
+    with pytest.raises(UserError, match=message) as caught:
+        train(configured(**({"network": {"name": name}} if changes == "network" else {"fit": {"loss": name}})), quiet())
+    assert "\n" not in str(caught.value)
+    assert not (folder / "run").exists(), "before any work"
 
 
 def test_areas_without_any_building_are_refused_and_one_among_others_is_told_of(job):
@@ -500,9 +623,11 @@ def test_the_reference_of_all_keys_has_every_key_with_its_default(tmp_path):
         }
 
 
-def test_recipes_mean_the_same_after_they_are_resolved():
+def test_recipes_mean_the_same_after_they_are_resolved(tmp_path):
     for path in RECIPES:
-        assert load_train(path).resolved_yaml()
+        config, resolved = load_train(path), tmp_path / path.name
+        resolved.write_text(config.resolved_yaml())
+        assert load_train(resolved).deciding() == config.deciding()
 
 
 def test_the_story_plans_before_it_works(job):

@@ -69,9 +69,10 @@ def _imported(name: str) -> Callable[..., object]:
     module, _, attribute = name.partition(":")
     try:
         found: object = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # of whatever kind: the module is the user's own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
-            f"network {name!r} cannot be imported ({error}); expected package.module:name of a class or function that"
+            f"network {name!r} cannot be imported ({reason}); expected package.module:name of a class or function that"
             " is installed, or on PYTHONPATH"
         ) from error
     if not callable(found):
