@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -254,9 +254,10 @@ class SlurmJobs(Jobs):
         return "-".join(worker.split("-")[:2])
 
     def cancel_all(self) -> None:
-        """Cancel every job that was ever sent: closing the cluster may have failed."""
+        """Cancel every job that was ever sent: closing the cluster may have failed. One that is done ends by itself."""
         if self._ids:
-            subprocess.run(["scancel", *sorted(self._ids)], capture_output=True, check=False, timeout=ANSWER_S)
+            with suppress(subprocess.SubprocessError, OSError):
+                subprocess.run(["scancel", *sorted(self._ids)], capture_output=True, check=False, timeout=ANSWER_S)
 
 
 def _jobs_alive() -> set[str] | None:

@@ -12,10 +12,11 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from glob import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from segpipe.models.weights import BundleError, read_card, resolve_bundle
-from segpipe.tasks.errors import UserError
+from segpipe.tasks.errors import TileError, UserError
 from segpipe.tasks.grid import Window
-from segpipe.tasks.read import Tile, TileHeader, read_thumbnail
+from segpipe.tasks.read import Tile, TileHeader, read_thumbnail, resolve_bands
 from segpipe.tasks.validity import resolve_speckle_tolerance, resolve_tolerance, scan_tile
 
 from .beside import written_beside
-from .config import as_yaml, load_city, override
+from .config import CityConfig, as_yaml, load_city, override
 from .inputs import RASTERS, find_images
 from .manifest import TRACES
 from .place import crs_name, ground_m, groups_of, place_tiles, tile_crs
@@ -44,6 +45,8 @@ LEAST_SHARE = 0.0005
 PICTURE_PX = 1200
 LISTED = 5
 OUTLINE_RGB = (255, 106, 0)
+WRITTEN_AS_TEXT = ("name", "model", "output", "images_crs")
+"""What may be given for these is text, whatever else it could be in YAML."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,17 @@ def write_city_yaml(folder: Path, target: Path, overrides: Sequence[str] = ()) -
     if target.exists():
         raise UserError(f"{target}: exists; expected a new file; cure: --to another one, or move this one away")
     given = _given(overrides)
+    config = _checked(overrides)
     found = look_into(folder, given)
     try:
         card = read_card(resolve_bundle(str(given.get("model", MODEL)), target.parent))
     except BundleError as error:
         raise UserError(f"model: {error}") from None
-    bands = tuple(given.get("bands", _bands(found.used[0], len(card.bands))))
+    bands = config.bands if "bands" in given else _bands(found.used[0], len(card.bands))
     looked = some_of(found.used)
-    nodata = [] if "nodata" in given else guess_nodata(looked, found.images_crs, bands)
-    text = _yaml(found, bands, nodata, given, target)
+    nodata, damaged = guess_nodata(looked, found.images_crs, bands)
+    found = _without(found, damaged)
+    text = _yaml(found, bands, [] if "nodata" in given else nodata, given, target)
     draft = target.with_name(f".{target.name}.draft")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -110,6 +115,20 @@ def _given(overrides: Sequence[str]) -> dict[str, Any]:
     for text in overrides:
         override(given, text)
     return given
+
+
+def _checked(overrides: Sequence[str]) -> CityConfig:
+    """What is given, as a run would take it, in a city that has nothing else. UserError for what it would not take."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "city.yaml"
+        file.write_text(as_yaml({"name": "city", "images": "tiles", "model": MODEL, "output": "run"}), encoding="utf-8")
+        return load_city(file, [text for text in overrides if text.partition("=")[0] not in WRITTEN_AS_TEXT])
+
+
+def _without(found: Found, damaged: dict[str, str]) -> Found:
+    """Leave out damaged tiles."""
+    used = tuple(header for header in found.used if header.path not in damaged)
+    return replace(found, used=used, others=found.others | damaged)
 
 
 def look_into(folder: Path, given: dict[str, Any]) -> Found:
@@ -173,38 +192,56 @@ def _bands(header: TileHeader, count: int) -> tuple[int, ...]:
     return tuple(min(band, header.bands) for band in range(1, count + 1))
 
 
-def guess_nodata(headers: Sequence[TileHeader], images_crs: str | None, bands: tuple[int, ...]) -> list[Nodata]:
+def guess_nodata(
+    headers: Sequence[TileHeader], images_crs: str | None, bands: tuple[int | str, ...]
+) -> tuple[list[Nodata], dict[str, str]]:
     """What each value that may stand for nodata would take away, by the rule that the run goes by.
 
-    The values are those that tiles declare, and black and white, which collars and holes are made of.
+    The values are those that tiles declare, and black and white, which collars and holes are made of. Also paths of
+    damaged tiles, which count for nothing, with the reason.
     """
-    found = []
     declared = {header.nodata for header in headers if header.nodata is not None}
     guesses = {0.0} | {float(np.iinfo(header.dtype).max) for header in headers if header.dtype.startswith("uint")}
-    total = sum(header.width * header.height for header in headers)
-    for value in sorted(value for value in declared | guesses if not math.isnan(value)):  # NaN is invalid in any case
-        pixels = tiles = 0
-        area = 0.0
-        for header in headers:
-            metres = ground_m(header, tile_crs(header, images_crs))
-            window = Window(0, 0, header.height, header.width)
-            tile = Tile(
-                header.path,
-                window,
-                bands,
-                (value,),
-                resolve_tolerance("auto", header),
-                speckle_tolerance=resolve_speckle_tolerance("auto", header),
-            )
-            scan = scan_tile(tile, max(1, round(1000 / metres**2)), lambda window, mask: None)
-            pixels += scan.invalid_px
-            tiles += scan.invalid_px > 0
-            area += scan.invalid_px * metres**2
-        found.append(Nodata(value, len(headers), tiles, pixels, pixels / total, area))
-    return found
+    values = sorted(value for value in declared | guesses if not math.isnan(value))  # NaN is invalid in any case
+    scanned: list[tuple[TileHeader, float, list[int]]] = []
+    damaged = {}
+    for header in headers:
+        metres = ground_m(header, tile_crs(header, images_crs))
+        numbers = resolve_bands(bands, header)
+        try:
+            scanned.append((header, metres, [_invalid_px(header, numbers, value, metres) for value in values]))
+        except TileError as error:
+            damaged[header.path] = error.reason
+    if not scanned:
+        path, reason = next(iter(damaged.items()))
+        raise UserError(f"{path}: {reason}, as all {len(damaged)} tiles looked at; expected tiles that can be read")
+    total = sum(header.width * header.height for header, _, _ in scanned)
+    found = []
+    for index, value in enumerate(values):
+        counts = [(pixels[index], metres) for _, metres, pixels in scanned]
+        pixels_in_all = sum(pixels for pixels, _ in counts)
+        area = sum(pixels * metres**2 for pixels, metres in counts)
+        tiles = sum(pixels > 0 for pixels, _ in counts)
+        found.append(Nodata(value, len(scanned), tiles, pixels_in_all, pixels_in_all / total, area))
+    return found, damaged
 
 
-def _yaml(found: Found, bands: tuple[int, ...], nodata: Sequence[Nodata], given: dict[str, Any], target: Path) -> str:
+def _invalid_px(header: TileHeader, bands: tuple[int, ...], value: float, metres: float) -> int:
+    """How many pixels of a tile a value would take away. TileError where the tile cannot be read."""
+    tile = Tile(
+        header.path,
+        Window(0, 0, header.height, header.width),
+        bands,
+        (value,),
+        resolve_tolerance("auto", header),
+        speckle_tolerance=resolve_speckle_tolerance("auto", header),
+    )
+    return scan_tile(tile, max(1, round(1000 / metres**2)), lambda window, mask: None).invalid_px
+
+
+def _yaml(
+    found: Found, bands: tuple[int | str, ...], nodata: Sequence[Nodata], given: dict[str, Any], target: Path
+) -> str:
     headers = found.used
     first = headers[0]
     systems = Counter(crs_name(tile_crs(header, found.images_crs)) for header in headers)
@@ -241,7 +278,7 @@ def _yaml(found: Found, bands: tuple[int, ...], nodata: Sequence[Nodata], given:
     lines += _nodata_lines(nodata)
     if len(set(found.others.values()) - {"lies far from most tiles"}):
         lines.append("on_tile_error: fail    # skip: tiles that cannot be read become nodata, and are counted")
-    rest = {key: value for key, value in given.items() if key not in ("name", "model", "output", "bands", "images_crs")}
+    rest = {key: value for key, value in given.items() if key not in (*WRITTEN_AS_TEXT, "bands")}
     if rest:
         lines += ["", as_yaml(rest).rstrip()]
     return "\n".join(lines) + "\n"

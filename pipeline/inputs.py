@@ -40,8 +40,8 @@ def find_images(
     A tile is an absolute path or a URL. Behind https:// there are single tiles; in a bucket, s3://, globs and folders
     (ending with /) too. A VRT stands for the list of its sources; JSON, if stac, for the assets of the items in it.
     What a run writes into its output folder is no tile of the next, even where that is the folder of the tiles or a
-    glob goes through it. UserError if a pattern matches nothing, a tile is named twice or is of a format that cannot be
-    read, a VRT is more than the list of its sources, or a server does not answer.
+    glob goes through it. UserError if a pattern matches nothing, a tile is named twice, in no UTF-8, or is of a format
+    that cannot be read, a VRT is more than the list of its sources, or a server does not answer.
     """
     folder = base.file.parent.absolute() if isinstance(base, CityConfig) else base
     found: list[str] = []
@@ -55,6 +55,7 @@ def find_images(
                 found += _tiles_of(match, base, stac)
         except (UserError, TileError, ValueError) as error:
             raise UserError(f"{key}: {error}") from None
+    _check_names(found, key)
     _check_formats(found, key)
     twice = next((p for i, p in enumerate(found) if p in found[:i]), None) if len(set(found)) < len(found) else None
     if twice is not None:
@@ -74,6 +75,18 @@ def _tiles_of(match: str, base: CityConfig | Path, stac: bool) -> list[str]:
 
 def _ending(path: str) -> str:
     return PurePosixPath(tile_name(path)).suffix.lower()
+
+
+def _check_names(tiles: Sequence[str], key: str) -> None:
+    """Refuse names whose bytes are no text: no file that is written could hold them."""
+    for tile in tiles:
+        try:
+            tile.encode()
+        except UnicodeEncodeError:
+            name = os.fsencode(tile).decode(errors="backslashreplace")
+            raise UserError(
+                f"{key}: {name}: bytes that are no UTF-8 in its name; expected UTF-8; cure: rename it"
+            ) from None
 
 
 def _check_formats(tiles: Sequence[str], key: str) -> None:

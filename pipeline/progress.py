@@ -182,8 +182,11 @@ def show_summary(console: Console, stages: dict[str, StageSums]) -> None:
 
 
 def terminal(quiet: bool = False) -> Console:
-    """The console for messages: standard error, so that output can be piped. quiet: it says nothing."""
-    return Console(file=sys.stderr, quiet=quiet)
+    """The console for messages: standard error, so that output can be piped. quiet: it says nothing.
+
+    What it is given is said as it is: names of files may hold brackets, and colons.
+    """
+    return Console(file=sys.stderr, quiet=quiet, markup=False, emoji=False)
 
 
 def _is_torn(path: Path) -> bool:

@@ -60,13 +60,17 @@ def look_up(url: str) -> RemoteFile:
 
 
 def pieces(url: str) -> Iterator[bytes]:
-    """The bytes of a file, piece by piece. TileError where they cannot be had."""
+    """The bytes of a file, piece by piece. TileError where they cannot be had, or not all of them."""
     if url.startswith("s3://"):
         yield from object_pieces(url)
     else:
         with _http(url, "GET") as answer:
+            size, received = _described(answer).size, 0
             while piece := answer.read(PIECE_BYTES):
+                received += len(piece)
                 yield piece
+        if received < size:  # read(n) says nothing of a connection that was cut
+            raise UnreachableError(url, f"the connection ended after {received:,} of {size:,} bytes")
 
 
 def fetch(url: str) -> bytes:

@@ -156,6 +156,65 @@ def test_what_does_not_belong_to_the_city_is_named_and_left_out(tmp_path: Path) 
         assert words in text
 
 
+def damage(path: Path) -> None:
+    """Spoil blocks in the middle, of which no header tells."""
+    data = bytearray(path.read_bytes())
+    third = len(data) // 3
+    data[third : 2 * third] = bytes(third)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("overrides", [[], ["nodata=[0]"]])
+def test_a_tile_with_a_damaged_block_is_named_and_left_out(tmp_path: Path, overrides: list[str]) -> None:
+    plain(tmp_path / "tiles")
+    damage(tmp_path / "tiles" / "tile2.tif")
+    config = tmp_path / "city.yaml"
+    write_city_yaml(tmp_path / "tiles", config, overrides)
+    assert settings(config)["images"] == ["tiles/tile0.tif", "tiles/tile1.tif"]
+    assert "# left out: tiles/tile2.tif: cannot be read" in config.read_text()
+
+
+def test_a_folder_of_damaged_tiles_is_refused_in_one_line(tmp_path: Path) -> None:
+    damage(tile(tmp_path / "tiles" / "a.tif"))
+    with pytest.raises(UserError, match=r"a\.tif: cannot be read: .*, as all 1 tiles looked at") as refused:
+        write_city_yaml(tmp_path / "tiles", tmp_path / "city.yaml")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "city.yaml").exists()
+
+
+def test_bands_may_be_given_by_colour_as_in_a_yaml(tmp_path: Path) -> None:
+    tile(tmp_path / "tiles" / "a.tif", photometric="RGB")
+    plan = write_city_yaml(tmp_path / "tiles", tmp_path / "city.yaml", ["bands=[blue, green, red]"])
+    assert settings(tmp_path / "city.yaml")["bands"] == ["blue", "green", "red"]
+    assert plan.tiles[0].bands == (3, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("bands=3", "bands.* 3.*expected a list of band numbers"),
+        ("bands=[1, 2, 9]", r"tile0\.tif: has no band 9: .*expected `bands:`"),
+        ("bands=[1, 2, pink]", r"tile0\.tif: has no band pink: .*expected `bands:`"),
+        ("nodata=black", "nodata.*black.*expected null, a number"),
+        ("bnads=[1, 2, 3]", "bnads.*bands"),
+    ],
+)
+def test_what_a_yaml_may_not_hold_is_refused_as_there_before_a_tile_is_read(
+    tmp_path: Path, override: str, says: str
+) -> None:
+    plain(tmp_path / "tiles")
+    with pytest.raises(UserError, match=says) as refused:
+        write_city_yaml(tmp_path / "tiles", tmp_path / "city.yaml", [override])
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "city.yaml").exists()
+
+
+def test_a_number_may_be_the_name(tmp_path: Path) -> None:
+    plain(tmp_path / "tiles")
+    write_city_yaml(tmp_path / "tiles", tmp_path / "city.yaml", ["name=2024"])
+    assert settings(tmp_path / "city.yaml")["name"] == "2024"
+
+
 def test_tiles_of_which_none_has_a_crs_ask_for_one(tmp_path: Path) -> None:
     tile(tmp_path / "tiles" / "a.tif", crs=None)
     with pytest.raises(UserError, match="--set images_crs=EPSG"):

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import rasterio.shutil
 from conftest import ORIGIN, City, draw_blobs, map_it, outputs, stages_since, tasks_done, write_tile
 from servers import serving
 
@@ -70,6 +72,19 @@ def test_names_with_digits_that_are_no_numbers_are_put_in_order(tmp_path: Path) 
     touch(tmp_path, "t²1.tif", "t²10.tif", "t²2.tif", "²")
     assert images(tmp_path, "t*") == ["t²1.tif", "t²2.tif", "t²10.tif"]
     assert images(tmp_path, "[²]") == ["²"]
+
+
+@pytest.mark.parametrize("pattern", ["tiles", "tiles/*.tif", "tiles/stra?e.tif"])
+def test_a_name_that_is_no_utf_8_is_refused_in_one_line_that_names_it(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "tiles").mkdir()
+    file = os.fsencode(tmp_path / "tiles") + b"/stra\xdfe.tif"
+    try:
+        Path(os.fsdecode(file)).write_text("")
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    with pytest.raises(UserError, match=r"images: .*/tiles/stra\\xdfe\.tif: .*expected UTF-8; cure: rename") as refused:
+        images(tmp_path, pattern)
+    assert str(refused.value).isascii()
 
 
 # What a run has written is no tile of the next
@@ -213,6 +228,98 @@ def test_the_nodata_of_a_vrt_is_that_of_its_tiles_or_stands_in_the_yaml(tmp_path
     with pytest.raises(UserError, match=r"nodata is 7, that of without\.tif is none.*cure: `nodata: 7` in the YAML"):
         images(tmp_path, "1.vrt")
     assert images(tmp_path, "1.vrt", nodata=[7]) == ["without.tif"]
+
+
+def placed_vrt(folder: Path, *, mask: bool = False) -> Path:
+    """What `gdal_translate -of VRT` makes of a tile: it says where the tile itself says that it lies."""
+    image = draw_blobs(144, 144)
+    tile = write_tile(folder / "a.tif", image, *ORIGIN)
+    if mask:
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(tile, "r+") as dataset:
+            dataset.write_mask(image[0] > 50)
+    rasterio.shutil.copy(tile, folder / "city.vrt", driver="VRT")
+    return folder / "city.vrt"
+
+
+def rewritten(path: Path, pattern: str, text: str) -> None:
+    changed, count = re.subn(pattern, text, path.read_text(), flags=re.DOTALL)
+    assert count
+    path.write_text(changed)
+
+
+GEOREFERENCE = "<GeoTransform>.*</GeoTransform>"
+
+
+@pytest.mark.parametrize("crs", ["EPSG:32633", "EPSG:4326", "EPSG:31256", "+proj=laea +lat_0=48 +lon_0=16", None])
+def test_a_vrt_that_says_of_its_tile_what_the_tile_says_stands_for_it(tmp_path: Path, crs: str | None) -> None:
+    write_tile(tmp_path / "a.tif", draw_blobs(144, 144), *ORIGIN, crs=crs)
+    rasterio.shutil.copy(tmp_path / "a.tif", tmp_path / "city.vrt", driver="VRT")
+    assert images(tmp_path, "city.vrt") == ["a.tif"]
+
+
+def test_a_mosaic_of_which_all_tiles_lie_where_they_say_stands_for_them(tmp_path: Path) -> None:
+    for number in range(2):
+        write_tile(tmp_path / f"{number}.tif", draw_blobs(144, 144), ORIGIN[0], ORIGIN[1] + 144 * number)
+    first = source("0.tif", dst='<DstRect xOff="0" yOff="0" xSize="144" ySize="144"/>')
+    vrt = write_vrt(tmp_path / "city.vrt", first, source("1.tif"))
+    x, y = 0.1 + ORIGIN[1] * 0.3, 0.1 - ORIGIN[0] * 0.3
+    rewritten(vrt, "(?=<VRTRasterBand)", f"<SRS>EPSG:32633</SRS><GeoTransform>{x}, 0.3, 0, {y}, 0, -0.3</GeoTransform>")
+    assert images(tmp_path, "city.vrt") == ["0.tif", "1.tif"]
+    write_tile(tmp_path / "1.tif", draw_blobs(144, 144), ORIGIN[0], ORIGIN[1] + 145)
+    with pytest.raises(UserError, match=r"puts 1\.tif at .* corners of it up to 1\.00 px apart"):
+        images(tmp_path, "city.vrt")
+    (tmp_path / "1.tif").unlink()
+    assert images(tmp_path, "city.vrt") == ["0.tif", "1.tif"], "the plan says that it is gone, or leaves it out"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "says"),
+    [
+        ("<SRS.*</SRS>", "<SRS>EPSG:32632</SRS>", r"its CRS is EPSG:32632, that of a\.tif is EPSG:32633"),
+        ("<SRS.*</SRS>", "<SRS>nowhere</SRS>", r"city\.vrt: nowhere is not a CRS"),
+        (
+            GEOREFERENCE,
+            "<GeoTransform>7, 0.3, 0, 9, 0, -0.3</GeoTransform>",
+            r"it puts a\.tif at \(7, 9\), its own header at",
+        ),
+        ("0.3|2.99[0-9]*e-01", "0.301", r"a\.tif at .* corners of it up to 0\.48 px apart"),
+        (GEOREFERENCE, "<GeoTransform>1, 2</GeoTransform>", "GeoTransform is '1, 2'; expected 6 numbers"),
+        (GEOREFERENCE, "<GeoTransform>1, 2, 0, nan, 0, 3</GeoTransform>", "GeoTransform is .*; expected 6 numbers"),
+        (GEOREFERENCE, "<GCPList/>", "ground control points"),
+    ],
+)
+def test_a_vrt_that_puts_its_tile_elsewhere_is_refused_with_the_cure(
+    tmp_path: Path, pattern: str, text: str, says: str
+) -> None:
+    rewritten(placed_vrt(tmp_path), pattern, text)
+    with pytest.raises(UserError, match=says) as refused:
+        images(tmp_path, "city.vrt")
+    assert "\n" not in str(refused.value)
+    assert "expected 6" in says or "not a CRS" in says or "gdal_translate city.vrt city.tif" in str(refused.value)
+
+
+def test_a_vrt_that_places_a_tile_without_a_place_is_refused(tmp_path: Path) -> None:
+    placed_vrt(tmp_path)
+    write_tile(tmp_path / "a.tif", draw_blobs(144, 144), 0, 0, crs=None, transform=None)
+    with pytest.raises(UserError, match=r"its own header at \(0, 0\)"):
+        images(tmp_path, "city.vrt")
+
+
+def test_a_mask_in_a_vrt_is_that_of_its_tile_or_refused(tmp_path: Path) -> None:
+    vrt = placed_vrt(tmp_path, mask=True)
+    assert images(tmp_path, "city.vrt") == ["a.tif"]
+    rewritten(vrt, "<SourceBand>mask,1<", "<SourceBand>3<")
+    with pytest.raises(UserError, match=r"its mask is band 3 of a\.tif"):
+        images(tmp_path, "city.vrt")
+
+
+def test_a_vrt_that_moves_a_tile_behind_a_url_is_refused(tmp_path: Path) -> None:
+    vrt = placed_vrt(tmp_path)
+    with serving(tmp_path) as server:
+        assert find_images((server.url("city.vrt"),), tmp_path) == (server.url("a.tif"),)
+        rewritten(vrt, GEOREFERENCE, "<GeoTransform>7, 0.3, 0, 9, 0, -0.3</GeoTransform>")
+        with pytest.raises(UserError, match=r"it puts a\.tif at \(7, 9\)"):
+            find_images((server.url("city.vrt"),), tmp_path)
 
 
 @pytest.mark.parametrize("text", ["no XML", "<VRTDataset/>", '<?xml version="1.0" encoding="utf-7000"?><V/>'])

@@ -6,8 +6,11 @@ No real network: the servers are in servers.py.
 import pickle
 from collections.abc import Iterator
 from hashlib import blake2b
+from http.client import HTTPResponse
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from socket import socket
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -273,6 +276,30 @@ def test_settings_that_gdal_would_not_share_are_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(TileError, match=says):
         file_stamp(url)
+
+
+@pytest.mark.parametrize("sent", [0, 10, remote.PIECE_BYTES + 10])
+def test_a_file_that_is_cut_on_its_way_is_told_and_never_taken_for_whole(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: int
+) -> None:
+    size = 2 * remote.PIECE_BYTES
+    (tmp_path / "tile.tif").write_bytes(bytes(size))
+    assert sum(map(len, remote.pieces(server.url("tile.tif")))) == size
+
+    class CutConnection(BytesIO):
+        def makefile(self, mode: str) -> BytesIO:
+            return self
+
+    def cut(*_: object, **__: object) -> HTTPResponse:
+        answer = HTTPResponse(
+            cast(socket, CutConnection(f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\n\r\n".encode() + bytes(sent)))
+        )
+        answer.begin()
+        return answer
+
+    monkeypatch.setattr("urllib.request.urlopen", cut)
+    with pytest.raises(remote.UnreachableError, match=rf"ended after {sent:,} of {size:,} bytes"):
+        list(remote.pieces("http://host/tile.tif"))
 
 
 # Which tiles

@@ -240,3 +240,20 @@ def test_a_check_of_the_cluster_names_a_worker_of_each_group_and_leaves_nothing(
     assert [it.endswith("predicts") for it in workers if it.startswith("gpu-")] == [True]
     assert not (city.folder / "checked").exists()
     assert jobs_end()
+
+
+@pytest.mark.parametrize("error", [subprocess.TimeoutExpired("scancel", 15), FileNotFoundError("scancel")])
+def test_a_controller_that_is_slow_or_gone_at_the_end_fails_no_run(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    asked: list[list[str]] = []
+
+    def failing(command: list[str], **_: object) -> None:
+        asked.append(command)
+        raise error
+
+    monkeypatch.setattr(subprocess, "run", failing)
+    jobs = object.__new__(SlurmJobs)
+    jobs._ids = {"12", "7"}
+    jobs.cancel_all()
+    assert asked == [["scancel", "12", "7"]]
