@@ -123,7 +123,7 @@ class Plan:
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Blocks to be predicted, by absolute index, row by row: those that meet a tile, and are near the area."""
-        near = self.layout.grid if self.area is None else self.area.window.pad(self.recipe.halo_px + 1)
+        near = self.layout.grid if self.area is None else _near(self.area, self.recipe.halo_px)
         return (block for block in self._cells(self.block_px, near) if self._is_near_area(block))
 
     def is_predicted(self, block: tuple[int, int]) -> bool:
@@ -173,7 +173,10 @@ class Plan:
 
     def _is_near_area(self, block: tuple[int, int]) -> bool:
         """Within a halo, so that a building that meets the area is whole at least as far as that."""
-        return self.area is None or self.area.is_near(self.core(*block), self.recipe.halo_px)
+        if self.area is None:
+            return True
+        core, halo_px = self.core(*block), self.recipe.halo_px
+        return core.meets(_near(self.area, halo_px)) and self.area.is_near(core, halo_px)
 
     def _is_seen(self, chunk: tuple[int, int]) -> bool:
         if self.area is None:
@@ -198,10 +201,10 @@ class Plan:
         return ground_pixel_m(self.lattice, it.window) if it.mosaic is None else _ground_m_of(it.mosaic, it.window)
 
     def _cells(self, step: int, near: Window) -> Iterator[tuple[int, int]]:
-        """Cells that meet a tile and a window, row by row."""
-        grid = self.layout.grid.intersect(near)
+        """Cells that meet a window and, anywhere in the grid, a tile, row by row."""
+        grid = self.layout.grid.intersect(near.snap(step))
         for row in range(grid.row_off // step, -(-grid.row_stop // step)):
-            strip = Window(row * step, grid.col_off, step, grid.width)
+            strip = Window(row * step, grid.col_off, step, grid.width).intersect(grid)
             cols = {
                 col for tile in self.tiles_in(strip) for _, col in self.tiles[tile].cover.intersect(strip).cells(step)
             }
@@ -210,6 +213,11 @@ class Plan:
     @cached_property
     def _index(self) -> WindowIndex:
         return WindowIndex([tile.cover for tile in self.tiles])
+
+
+def _near(area: District, halo_px: int) -> Window:
+    """What a block meets that is near an area. Parts of it that are thin as a hair reach further, and do not count."""
+    return area.window.pad(halo_px + 1)
 
 
 def _seen(grid: Window, area: District | None, recipe: Recipe, stride: int) -> Window:
@@ -270,7 +278,7 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None, crew: Cr
     halo_px, notes = resolve_halo(config, card)
     notes += _told_of_resolution(config, ground_pixel_m(lattice, bounds), card) + _told_of_resizing(card)
     area = resolve_area(config.area, lattice, [tile.cover for tile in tiles])
-    extent = bounds if area is None else bounds.intersect(area.window.pad(halo_px + 1))
+    extent = bounds if area is None else bounds.intersect(_near(area, halo_px))
     notes += [] if crew is None else crew.notes
     recipe, task_bytes = resolve_recipe(config, card, halo_px, layout, extent, workers, stored.get("block_px"), crew)
     _check_disk(folder, tiles, len(config.bands), _seen(layout.grid, area, recipe, card.stride))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,9 +57,10 @@ RIM_BLOCKS = 32
 class Published:
     """What a run has published.
 
-    changes: buildings added, removed and modified since the last publishing; validity: invalid pixels by reason;
-    skipped: tiles that could not be read, and why; device: seconds of the network and of what devices waited for;
-    tile_masks, files: paths in the run folder of the masks of single tiles and of the footprints in other formats.
+    changes: buildings added, removed and modified since the last publishing; validity: invalid pixels by reason, each
+    counted on its tile's own grid, which need not be the lattice; invalid_m2: their ground area; skipped: tiles that
+    could not be read, and why; device: seconds of the network and of what devices waited for; tile_masks, files: paths
+    in the run folder of the masks of single tiles and of the footprints in other formats.
     """
 
     geopackage: Path
@@ -70,6 +71,7 @@ class Published:
     valid_px: int
     changes: dict[str, int]
     validity: dict[str, int]
+    invalid_m2: dict[str, float]
     skipped: dict[str, str]
     notes: tuple[str, ...]
     stages: dict[str, StageSums]
@@ -133,6 +135,7 @@ def publish_all(
         listener.say(notes[-1])
     seconds = time.perf_counter() - start
     listener.done(Receipt("publish", plan.name, plan.bounds.pixels, placed.stat().st_size, seconds, {}))
+    validity, invalid_m2 = _validity(site, skipped)
     return Published(
         geopackage=placed,
         rows_digest=written.digest,
@@ -141,7 +144,8 @@ def publish_all(
         mask_px=counts.mask_px,
         valid_px=counts.valid_px,
         changes=changed,
-        validity=_validity(site, skipped),
+        validity=validity,
+        invalid_m2=invalid_m2,
         skipped=plan.left_out | {plan.tiles[tile].path: reason for tile, reason in skipped.items()},
         notes=tuple(notes),
         stages=listener.stages,
@@ -205,16 +209,21 @@ class _Sum:
             yield batch
 
 
-def _validity(site: Site, skipped: dict[int, str]) -> dict[str, int]:
-    """Pixels found invalid in the tiles that were looked at, by reason."""
-    reasons: Counter[str] = Counter()
-    for tile in site.plan.tiles_seen():
-        it = site.plan.tiles[tile]
+def _validity(site: Site, skipped: dict[int, str]) -> tuple[dict[str, int], dict[str, float]]:
+    """Pixels found invalid in the tiles that were looked at, by reason, and their ground area in m2."""
+    plan = site.plan
+    pixels: Counter[str] = Counter()
+    area_m2: defaultdict[str, float] = defaultdict(float)
+    for tile in plan.tiles_seen():
         if tile in skipped:
-            reasons["tile skipped"] += it.window.pixels
-        elif (entry := site.ledger.entry("scan", tile_unit(site.plan, tile))) is not None:
-            reasons.update(entry["by_reason"])
-    return {reason: pixels for reason, pixels in sorted(reasons.items()) if pixels}
+            found = {"tile skipped": plan.tiles[tile].window.pixels}
+        else:
+            found = (site.ledger.entry("scan", tile_unit(plan, tile)) or {}).get("by_reason", {})
+        for reason, px in found.items():
+            if px:
+                pixels[reason] += px
+                area_m2[reason] += px * plan.tile_pixel_m(tile) ** 2
+    return dict(sorted(pixels.items())), dict(area_m2)
 
 
 def _imagery(plan: Plan, valid: Window | None) -> Imagery:

@@ -76,8 +76,8 @@ class Report:
     buildings_m2: float
     valid_px: int
     pixel_m: float
-    invalid_px: tuple[tuple[str, int], ...]
-    """Pixels found invalid, by reason."""
+    invalid: tuple[tuple[str, int, float], ...]
+    """Reasons, how many pixels were found invalid for each, counted on their tiles' own grids, and their ground m2."""
     halo_px: int
     extra_pixels: float
     """Share of pixels that are read and predicted on top for the halos: 0.34 is 34 %."""

@@ -64,7 +64,7 @@ def write_preview_and_report(config: CityConfig, plan: Plan, published: Publishe
         buildings_m2=published.buildings_m2,
         valid_px=published.valid_px,
         pixel_m=ground_pixel_m(plan.lattice, plan.bounds),
-        invalid_px=tuple(published.validity.items()),
+        invalid=tuple((reason, px, published.invalid_m2[reason]) for reason, px in published.validity.items()),
         halo_px=plan.recipe.halo_px,
         extra_pixels=seen_px / core_px - 1,
         stages=tuple(

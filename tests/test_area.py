@@ -238,6 +238,25 @@ def test_at_the_rim_of_the_tiles_nothing_is_cut(make_city: MakeCity, tmp_path: P
     assert raster(tmp_path / "run" / "mask.tif").shape == (128, 128)
 
 
+def test_beside_a_gap_in_the_imagery_a_district_is_mapped_as_the_whole_city_maps_it(
+    make_city: MakeCity, tmp_path: Path
+) -> None:
+    city = make_city(1, 1, nodata=None, grid={"chunk_px": CHUNK, "block_px": 2 * BLOCK})
+    # One village ends within a halo of a block's side, and in the next block there is nothing as far as a halo reaches.
+    row, side = ORIGIN[0], ORIGIN[1] // (2 * BLOCK) * 2 * BLOCK
+    (tmp_path / "tiles" / "tile1.tif").unlink()
+    for name, col in (("west", side - 20 - TILE), ("east", side + HALO)):
+        write_tile(tmp_path / "tiles" / f"{name}.tif", city.image_CHW[:, -TILE:, -TILE:], row, col)
+    west = side - ORIGIN[1] - 20
+    published = map_it(city.config, bounds(west - TILE, 0, west, TILE))
+    assert published.buildings
+    found = buildings(tmp_path / "run")
+    map_it(city.config, "output=whole")
+    edge = in_crs(shapely.Point(west, 0)).x
+    every = buildings(tmp_path / "whole")
+    assert found == {name: row for name, row in every.items() if row.geometry.bounds[0] < edge}
+
+
 # Where it comes from
 
 

@@ -3,23 +3,27 @@
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import shapely
 from affine import Affine
 from conftest import ORIGIN, RESOLUTION, City, draw_blobs, write_tile
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pyproj import CRS
+from shapely import Polygon, box
 
 from segpipe.models.weights import load_bundle, save_bundle
 from segpipe.pipeline import plan as module
 from segpipe.pipeline import workers as workers_module
 from segpipe.pipeline.config import LocalConfig, load_city
 from segpipe.pipeline.describe import describe
+from segpipe.pipeline.district import District
 from segpipe.pipeline.place import place_tiles
 from segpipe.pipeline.plan import Plan, disk_bytes, make_plan
 from segpipe.pipeline.recipe import LARGEST_AUTO_BLOCK_PX, choose_block
@@ -392,6 +396,52 @@ def test_blocks_and_chunks_cover_all_tiles_exactly_once(make_city: MakeCity) -> 
     assert chunks.max() == 1
     assert chunks[under].all()
     assert {c for b in plan.blocks() for c in plan.chunks_in(plan.core(*b))} == set(plan.chunks())
+
+
+OFFSETS, SIDES = st.integers(-600, 600), st.integers(1, 300)
+WINDOWS = st.builds(Window, OFFSETS, OFFSETS, SIDES, SIDES)
+PLACES = st.integers(-9600, 9600).map(lambda n: n / 16)
+BOXES = st.builds(lambda x, y, width, height: box(x, y, x + width, y + height), PLACES, PLACES, SIDES, SIDES)
+# What is thin is not in the bounds of the area.
+HAIRS = st.builds(lambda x, y, height: box(x, y, x + 0.001, y + height), PLACES, PLACES, SIDES)
+SPIKES = st.builds(lambda x, y, width: Polygon([(x, y), (x, y + 1), (x + width, y)]), PLACES, PLACES, SIDES)
+
+
+def test_what_is_listed_as_to_be_predicted_and_read_is_what_is_asked_for_one_by_one(city: City) -> None:
+    plan = plan_of(city)
+
+    @given(
+        st.lists(WINDOWS, min_size=1, max_size=4),
+        st.lists(BOXES | HAIRS | SPIKES, max_size=2),
+        st.sampled_from([1, 2, 3, 5]),
+        st.sampled_from([0, 16, 32, 100]),
+        st.integers(0, 1),
+    )
+    @example([Window(0, 0, 64, 54), Window(0, 108, 64, 20)], [box(0, 0, 54, 64)], 1, 32, 0)
+    @example([Window(0, 0, 64, 128), Window(0, 180, 64, 12)], [box(0, 0, 48, 64)], 1, 16, 0)
+    @example([Window(0, 0, 64, 600)], [box(0, 0, 30, 30), box(500, 0, 500.001, 30)], 1, 32, 0)
+    def holds(
+        covers: list[Window], parts: list[shapely.Geometry], chunks_a_block: int, halo_px: int, beyond: int
+    ) -> None:
+        grid = Window.between(
+            min(it.row_off for it in covers),
+            min(it.col_off for it in covers),
+            max(it.row_stop for it in covers),
+            max(it.col_stop for it in covers),
+        ).snap(64)
+        found = replace(
+            plan,
+            # A warped tile's cover may reach beyond the grid.
+            tiles=tuple(replace(plan.tiles[0], window=it.pad(beyond)) for it in covers),
+            layout=replace(plan.layout, grid=grid),
+            recipe=replace(plan.recipe, block_px=64 * chunks_a_block, halo_px=halo_px),
+            area=District("drawn", shapely.union_all(parts)) if parts else None,
+        )
+        every = grid.pad(found.block_px).cells(found.block_px)
+        assert list(found.blocks()) == [block for block in every if found.is_predicted(block)]
+        assert list(found.chunks()) == found.chunks_in(grid)
+
+    holds()
 
 
 def test_the_grid_is_the_bounds_of_the_tiles_snapped_to_chunks(city: City) -> None:

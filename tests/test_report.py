@@ -35,7 +35,7 @@ REPORT = Report(
     buildings_m2=250_000.0,
     valid_px=4_000_000,
     pixel_m=0.5,
-    invalid_px=(("nodata 255", 4_321), ("mask band", 40)),
+    invalid=(("nodata 255", 4_321, 1_080.25), ("mask band", 40, 10.0)),
     halo_px=320,
     extra_pixels=0.34,
     stages=(StageTime("predict", 6, 2, 120.0, 61.0, 19_000_000), StageTime("merge", 0, 6, 0.0, 0.0, 0)),
@@ -114,7 +114,7 @@ def test_the_page_says_all_that_it_was_given(tmp_path: Path) -> None:
 
 def test_an_empty_city_has_a_page_without_empty_headings(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    nothing = {"buildings": 0, "buildings_m2": 0.0, "valid_px": 0, "invalid_px": (), "skipped": (), "warnings": ()}
+    nothing = {"buildings": 0, "buildings_m2": 0.0, "valid_px": 0, "invalid": (), "skipped": (), "warnings": ()}
     write_report(path, replace(REPORT, **nothing))  # type: ignore[arg-type]
     text = Page(path).text
     assert "Tiles left out" not in text

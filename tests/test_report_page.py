@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import shapely
+from affine import Affine
 from conftest import ORIGIN, City, FakePredictor, map_it, write_tile
 from PIL import Image, ImageColor
 from pyproj import CRS
 from test_report import geopackage
 
+from segpipe.pipeline.config import load_city
 from segpipe.pipeline.report_charts import Span, areas_chart, read_spans, timeline_chart
 from segpipe.pipeline.report_map import AREA_BINS, COLOURS, TileMark, draw_map, path_of
+from segpipe.pipeline.run import dry_run
 from segpipe.tasks.grid import Lattice, Window
 
 LATTICE = Lattice(CRS(32645).to_wkt(), 0.5, 0.25, 0.1)
@@ -153,6 +156,26 @@ def test_the_page_shows_skipped_tiles_the_config_versions_and_every_building(pag
     assert "chunk_px: 128" in text
     assert manifest["versions"]["torch"] in text
     assert not re.findall(r"(?:src|href)=.https?:", text)
+
+
+def test_what_is_without_imagery_is_told_in_metres_of_the_ground_whatever_pixels_the_tiles_have(
+    make_city: Callable[..., City], in_process: type[FakePredictor]
+) -> None:
+    city = make_city(1, 1, tile_px=96, nodata_min_m2=50)
+    image = np.full((3, 600, 600), 90, np.uint8)
+    image[:, 100:400, 200:500] = 0
+    for name, size, x in (("tile1.tif", 0.1, 500_000), ("tile2.tif", 0.3, 500_100)):
+        place = Affine(size, 0, x, 0, -size, 5_300_000)
+        write_tile(city.folder / "tiles" / name, image, 0, 0, transform=place)
+    published = map_it(city.config, "grid.resolution_m=0.3")
+    html = (city.folder / "run" / "report.html").read_text(encoding="utf-8")
+    row = re.search(r'nodata 0</th><td class="n">([\d,]+)</td><td class="n">([\d,]+)</td>', html)
+    assert row is not None
+    px, m2 = (int(number.replace(",", "")) for number in row.groups())
+    assert px == published.validity["nodata 0"] == 2 * 300**2
+    assert m2 == pytest.approx(30**2 + 90**2, rel=2e-3), "a square metre of UTM is not quite one of the ground"
+    dry = dict(dry_run(load_city(city.config, ["grid.resolution_m=0.3"])))
+    assert dry["invalid"] == f"nodata 0: {m2:,} m2"
 
 
 def boxes(count: int) -> list[tuple[int, int, int, int]]:
