@@ -108,8 +108,7 @@ def predict_and_bare(folder: Path, passes: int) -> tuple[float, float]:
 
     from segpipe.pipeline import stages
     from segpipe.pipeline.config import load_city
-    from segpipe.pipeline.plan import make_plan
-    from segpipe.pipeline.run import read_settled
+    from segpipe.pipeline.plan import make_plan, read_settled
 
     plan = make_plan(load_city(folder / "city.yaml"), read_settled(folder / "run"))
     site = stages.Site(plan)

@@ -35,8 +35,7 @@ def imagery_of(site: Site, window: Window, skipped: Collection[str] = ()) -> NDA
 def open_imagery(folder: Path) -> Callable[[Window], NDArray[np.uint8]]:
     """Read image_BHW of windows of a finished run's lattice. UserError where its imagery is not there any more."""
     from .config import load_city
-    from .plan import make_plan
-    from .run import read_settled
+    from .plan import make_plan, read_settled
 
     try:
         config = load_city(folder / "city.yaml")

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,11 @@ def state_of_inputs(config: CityConfig) -> dict[str, Any]:
     }
 
 
+def state_digest(state: dict[str, Any]) -> str:
+    """A short digest of a state of inputs, the same when it comes back from JSON."""
+    return blake2b(as_json(state), digest_size=8).hexdigest()
+
+
 def _model_stamp(config: CityConfig) -> list[Any]:
     """Where the bundle is, its size, and its mtime in ns or what a server has instead."""
     try:
@@ -154,7 +160,9 @@ def nothing_changed(config: CityConfig) -> dict[str, Any] | None:
         whole = all(folder.each(lambda it: _is_there(folder, *it), manifest["outputs"].items()))
     except (UserError, OSError):
         return None
-    return manifest if whole and all(now[part] == then[part] for part in STATE) else None
+    # The order of tiles decides which of them wins where they overlap.
+    same = all(now[part] == then[part] for part in STATE) and [*now["images"]] == [*then["images"]]
+    return manifest if whole and same else None
 
 
 def _is_same_model(place: str, digest: str) -> bool:

@@ -137,22 +137,46 @@ def tile_crs(header: TileHeader, images_crs: str | None) -> CRS:
             " if you know which one it is"
         )
     try:
-        return _one_wording(text)
+        return one_wording(text)
     except CRSError:
         key = "images_crs" if not header.crs_wkt else header.path
         raise UserError(f"{key}: {text[:60]} is not a CRS; expected for example EPSG:32633") from None
 
 
 @lru_cache(maxsize=256)
-def _one_wording(text: str) -> CRS:
-    """A CRS without what does not place a pixel: vertical axes, shifts to WGS 84, other words for one of EPSG's."""
+def one_wording(text: str) -> CRS:
+    """A CRS without what does not place a pixel: vertical axes, shifts to WGS 84, other words for one of EPSG's.
+
+    Raises CRSError where text is no CRS.
+    """
     crs = CRS.from_user_input(text)
     if crs.is_compound:
         crs = crs.sub_crs_list[0]
     if crs.is_bound and crs.source_crs is not None:
         crs = crs.source_crs
     number = crs.to_epsg()
-    return CRS.from_epsg(number) if number is not None else crs
+    return CRS.from_epsg(number) if number is not None else _by_its_id(crs)
+
+
+def _by_its_id(crs: CRS) -> CRS:
+    """EPSG's CRS of the number that a CRS gives itself, if it places pixels alike; else the CRS as it is.
+
+    GDAL's list of EPSG's CRSs and pyproj's are of different years: datums have other names, numbers and members.
+    """
+    named = crs.to_json_dict().get("id", {})
+    if named.get("authority") != "EPSG":
+        return crs
+    try:
+        known = CRS.from_epsg(named["code"])
+    except CRSError:
+        return crs
+    return known if _placing(known) == _placing(crs) else crs
+
+
+def _placing(crs: CRS) -> tuple[object, ...]:
+    """What of a CRS places a pixel, besides its datum; the order of its axes does not."""
+    units = {axis.unit_conversion_factor for axis in crs.axis_info}
+    return crs.ellipsoid, crs.prime_meridian, crs.coordinate_operation, units
 
 
 def crs_name(crs: CRS) -> str:
@@ -170,7 +194,7 @@ def _target_crs(headers: Sequence[TileHeader], systems: Sequence[CRS], asked: st
     """The CRS of the lattice: the one asked for, else that of most tiles; for degrees the UTM zone of the centre."""
     if asked is not None:
         try:
-            crs = _one_wording(asked)
+            crs = one_wording(asked)
         except CRSError:
             raise UserError(f"grid.crs: {asked} is not a CRS; expected for example EPSG:32633") from None
         if not crs.is_projected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -46,10 +47,12 @@ from .inputs import ASKED_AT_ONCE, find_images
 from .manifest import check_folder_is_ours, own_files
 from .place import Placed, check_scattered, ground_m, place_tiles, settled_mosaics, tile_crs
 from .recipe import Recipe, resolve_halo, resolve_recipe
-from .storage import Folder, LocalFolder, desk_of
+from .storage import Folder, LocalFolder, desk_of, folder_at
 from .store import Layout
 from .tile_masks import file_names
 from .workers import Crew, Workers, allowance, resolve_workers
+
+SETTLED = "settled.json"
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,15 @@ class Plan:
     @cached_property
     def _index(self) -> WindowIndex:
         return WindowIndex([tile.cover for tile in self.tiles])
+
+
+def read_settled(folder: Folder | Path) -> dict[str, Any] | None:
+    """What runs have settled for all later ones in a folder (Plan.settled), and a digest of the last one's inputs."""
+    try:
+        settled: dict[str, Any] = json.loads(folder_at(folder).read(SETTLED) or b"")
+    except ValueError:
+        return None
+    return settled
 
 
 def _near(area: District, halo_px: int) -> Window:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter, defaultdict
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 
@@ -24,7 +23,7 @@ from .desk import RECORDS, desk, fetch, show
 from .flow import Flow, run_joins
 from .ledger import as_json
 from .lock import check_lock, locked
-from .plan import Plan, make_plan
+from .plan import SETTLED, Plan, make_plan, read_settled
 from .progress import Listener, told_of_device, watching
 from .publish import Published
 from .run_rasters import Rasters
@@ -32,11 +31,10 @@ from .run_report import write_preview_and_report
 from .stac_item import write_item
 from .stages import Site, forget_damaged
 from .status import PROGRESS, following
-from .storage import OWN_FOLDERS, Folder, LocalFolder, folder_at, remove_leftovers
+from .storage import OWN_FOLDERS, Folder, LocalFolder, remove_leftovers
 from .store import prepare_store
 from .verify import verify_quickly
 
-SETTLED = "settled.json"
 MOST_PASSES = 4
 """Passes over a city at most that heal what is damaged."""
 DESCRIBED = ("mask.tif", "probability.tif", "preview.png", "report.html")
@@ -76,7 +74,7 @@ def map_city(config: CityConfig, console: Console, fresh: bool = False, performa
         for label, text in describe(plan):
             listener.say(f"{label:>10}  {text}")
         remove_leftovers(folder)
-        folder.write(SETTLED, as_json(plan.settled()))
+        folder.write(SETTLED, as_json(plan.settled() | {"inputs": manifest.state_digest(state)}))
         prepare_store(folder, plan.layout)
         published = run_plan(config, plan, listener, cluster, performance)
         check_lock(folder, plan.lock)
@@ -163,15 +161,6 @@ def make_output(folder: Folder) -> None:
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output: {folder} cannot be made: {error.strerror}; expected a folder to write to") from None
-
-
-def read_settled(folder: Folder | Path) -> dict[str, Any] | None:
-    """What the first run in a folder has settled for all later ones: the lattice's phase and the block size."""
-    try:
-        settled: dict[str, Any] = json.loads(folder_at(folder).read(SETTLED) or b"")
-    except ValueError:
-        return None
-    return settled
 
 
 def start_over(folder: Folder) -> None:

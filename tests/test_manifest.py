@@ -142,6 +142,23 @@ def test_a_tile_of_a_vrt_that_is_gone_is_left_to_the_plan(city: City, run: Path)
     assert len(map_it(city.config, "images=city.vrt", "on_tile_error=skip").skipped) == 1
 
 
+def test_tiles_of_a_vrt_in_another_order_are_a_change(city: City) -> None:
+    def write_vrt(*order: int) -> None:
+        names = "".join(
+            f"<SimpleSource><SourceFilename>{city.folder}/tiles/tile{i}.tif</SourceFilename></SimpleSource>"
+            for i in order
+        )
+        vrt = f'<VRTDataset><VRTRasterBand band="1">{names}</VRTRasterBand></VRTDataset>'
+        (city.folder / "city.vrt").write_text(vrt)
+        os.utime(city.folder / "city.vrt", ns=(1, 1))
+
+    write_vrt(1, 2)
+    map_it(city.config, "images=city.vrt")
+    assert unchanged(city, "images=city.vrt")
+    write_vrt(2, 1)
+    assert not unchanged(city, "images=city.vrt")
+
+
 def test_asking_imports_nothing_heavy(city: City, run: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from segpipe.pipeline.config import load_city\n"

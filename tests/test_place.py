@@ -10,7 +10,7 @@ from affine import Affine
 from pyproj import CRS, Transformer
 from rasterio.warp import Resampling, calculate_default_transform, reproject
 
-from segpipe.pipeline.place import check_scattered, place_tiles, settled_mosaics
+from segpipe.pipeline.place import check_scattered, one_wording, place_tiles, settled_mosaics
 from segpipe.tasks.errors import UserError
 from segpipe.tasks.grid import Window
 from segpipe.tasks.mosaic import CELL_PX
@@ -61,6 +61,29 @@ def test_crss_that_differ_in_wording_alone_are_one() -> None:
     compound = CRS("EPSG:32633+5773").to_wkt()
     headers = [header(utm()), *(header(utm(500 * n), wkt) for n, wkt in enumerate((with_shift, esri, compound), 1))]
     assert not place_tiles(headers).mosaics
+
+
+@pytest.mark.parametrize("code", [3067, 3878, 3879, 5110, 3178, 3189, 25832, 3006, 2180, 28992])
+def test_a_crs_in_gdals_words_is_epsgs_of_its_number(code: int) -> None:
+    assert one_wording(rasterio.crs.CRS.from_epsg(code).to_wkt()) == CRS.from_epsg(code)
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        ('PARAMETER["central_meridian",27]', 'PARAMETER["central_meridian",24]'),
+        ('PARAMETER["false_easting",500000]', 'PARAMETER["false_easting",400000]'),
+        ('SPHEROID["GRS 1980",6378137,298.257222101', 'SPHEROID["other",6378388,297'),
+        ('PRIMEM["Greenwich",0', 'PRIMEM["Paris",2.33722917'),
+        ('AUTHORITY["EPSG","3067"]]', 'AUTHORITY["EPSG","999999"]]'),
+        ('AUTHORITY["EPSG","3067"]]', 'AUTHORITY["ESRI","3067"]]'),
+    ],
+)
+def test_a_crs_that_gives_itself_a_number_that_is_not_its_own_stays_what_it_is(own: str, other: str) -> None:
+    wkt = rasterio.crs.CRS.from_epsg(3067).to_wkt()
+    assert own in wkt
+    wrong = wkt.replace(own, other)
+    assert one_wording(wrong) == CRS.from_wkt(wrong) != CRS.from_epsg(3067)
 
 
 def test_a_crs_in_degrees_cannot_be_asked_for() -> None:

@@ -15,10 +15,11 @@ import shapely
 from affine import Affine
 from conftest import City, FakePredictor, map_it
 from numpy.typing import NDArray
+from pyproj import CRS, Transformer
 
 from segpipe.models.weights import file_digest
+from segpipe.pipeline import network, verify
 from segpipe.pipeline import run as run_module
-from segpipe.pipeline import verify
 from segpipe.pipeline.geopackage import rows_digest
 from segpipe.pipeline.manifest import read_manifest
 from segpipe.pipeline.verify import Claims, choose_strip, verify_quickly, verify_run
@@ -138,6 +139,29 @@ def test_a_run_of_an_area_passes_and_so_does_the_city_that_goes_on_from_it(
     list(verify_run(city.folder / "run"))
 
 
+@pytest.mark.parametrize("code", [3067, 3179, 3879, 5110, 25832, 2180, 28992])
+def test_a_run_in_any_national_crs_passes_and_its_tiles_are_copied_be_it_asked_for_or_found(
+    make_city: MakeCity, in_process: type[FakePredictor], code: int
+) -> None:
+    """GDAL and pyproj come with lists of different years: what one calls EUREF-FIN the other calls ETRS89."""
+    city = make_city(1, 1, tile_px=96, nodata=None, grid={"chunk_px": 64, "block_px": 64})
+    area = CRS.from_epsg(code).area_of_use
+    assert area is not None
+    to_crs = Transformer.from_crs(4326, code, always_xy=True)
+    x, y = to_crs.transform((area.west + area.east) / 2, (area.south + area.north) / 2)
+    with rasterio.open(city.folder / "tiles" / "tile1.tif", "r+") as tile:
+        tile.crs, tile.transform = f"EPSG:{code}", Affine(0.3, 0, x, 0, -0.3, y)
+    for output, overrides in {"found": (), "asked": (f"grid.crs=EPSG:{code}",)}.items():
+        map_it(city.config, f"output={output}", *overrides)
+        run = city.folder / output
+        list(verify_run(run))
+        manifest = read_manifest(run)
+        assert manifest is not None
+        assert [tile["warped"] for tile in manifest["tiles"]] == [None]
+        assert manifest["bounds"]["height"] == manifest["bounds"]["width"] == 96
+        assert pyogrio.read_info(run / "buildings.gpkg", layer="buildings")["crs"] == f"EPSG:{code}"
+
+
 def test_looking_at_a_run_in_a_gis_changes_nothing_that_is_proved(run: Path) -> None:
     """What QGIS does on opening: it writes statistics beside rasters, and touches the GeoPackage."""
     with rasterio.open(run / "probability.tif") as raster:
@@ -237,6 +261,56 @@ FAULTS = {
 def test_a_planted_fault_is_found_and_named(run: Path, plant: Callable[[Path], None]) -> None:
     plant(run)
     assert FAULTS[plant] in difference(run)
+
+
+class OtherPredictor(FakePredictor):
+    """A network that finds something else."""
+
+    def predict(self, *window: Any, **options: Any) -> NDArray[np.uint8]:
+        prob_HW = super().predict(*window, **options)
+        return np.where(prob_HW == 255, prob_HW, 250 - prob_HW)
+
+
+OTHER_GRID = {"chunk_px": 128, "block_px": 128}
+COARSER = {"chunk_px": 64, "block_px": 128, "resolution_m": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("change", "tasks", "looked_at"),
+    [
+        ({"predict": {"tta": "d4"}}, 0, True),
+        ({"predict": {"tta": "d4"}}, 3, False),
+        ({"grid": OTHER_GRID}, 0, False),
+        ({"grid": OTHER_GRID}, 12, False),
+        ({"grid": COARSER}, 0, False),
+        ({"nodata": 30}, 6, False),
+        ({"vectorize": {"min_area_m2": 9}}, 3, True),
+    ],
+)
+def test_what_is_published_passes_after_a_later_run_was_stopped(
+    make_city: MakeCity, killed_after: Callable[[Path, int], bool], monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any], tasks: int, looked_at: bool,
+) -> None:  # fmt: skip
+    city = make_city(1, 2, tile_px=160, grid={"chunk_px": 64, "block_px": 128})
+    map_it(city.config)
+    whole = dict(verify_run(city.folder / "run"))
+    monkeypatch.setattr(network, "load_predictor", lambda plan: OtherPredictor())
+    assert killed_after(city.set(**change), tasks)
+    store = whole["store"] if looked_at else "not looked at: a later run has begun in the store"
+    found = dict(verify_run(city.folder / "run"))
+    assert found | {"strip": ""} == whole | {"strip": "", "store": store}
+
+
+def test_a_sum_of_areas_passes_to_the_last_digits_that_are_kept_of_it(run: Path) -> None:
+    areas = pyogrio.read_dataframe(run / "buildings.gpkg", layer="buildings", columns=["area_m2"])["area_m2"]
+    # A sum of .x5 that is rounded to a decimal, from floats that differ in their last bits.
+    sql(run, "UPDATE buildings SET area_m2 = area_m2 + ? WHERE fid = 4", values=(3705950.4499999993 - areas.sum(),))
+    covered_up(run, "buildings.gpkg")
+    counts = json.loads((run / "manifest.json").read_text())["counts"]
+    claim(run, counts=counts | {"buildings_m2": 3705950.45})
+    list(verify_run(run))
+    claim(run, counts=counts | {"buildings_m2": 3705950.47})
+    assert "sum of area_m2: found 3705950.450; expected 3705950.47" in difference(run)
 
 
 def moved_raster(run: Path) -> str:
