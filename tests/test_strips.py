@@ -114,7 +114,7 @@ def places_of(run: nn.Module) -> dict[int, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("name", ["unet11", "unet-mobilenetv2", "unet-densenet121"])
-def test_maps_of_images_that_grow_to_the_largest_lie_in_the_same_memory(many: None, name: str) -> None:
+def test_maps_of_images_that_grow_to_the_largest_lie_in_the_same_memory(name: str) -> None:
     network = build_network(name).eval()
     largest = image_of(network, torch.float32, 5, 17)
     run = made_ready(copy.deepcopy(network), "cpu", largest[0, 0].numel())
