@@ -12,7 +12,6 @@ is asked (of validation, which one process does) is that of its own batch.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from .own_code import import_own, is_own
 
 EPSILON = 1e-15
 
@@ -83,7 +84,7 @@ def resolve_loss(name: str, args: Mapping[str, Any]) -> Loss:
     The user's own is a function of (logits, target, valid, **args); where several processes train together, it sees its
     own process's batch, and gradients are averaged. Raises LossError in one line.
     """
-    function = _import_loss(name) if ":" in name else LOSSES.get(name)
+    function = _import_loss(name) if is_own(name) else LOSSES.get(name)
     if function is None:
         raise LossError(f"no loss {name!r}; expected {', '.join(LOSSES)}, or package.module:name of your own")
     try:
@@ -96,14 +97,12 @@ def resolve_loss(name: str, args: Mapping[str, Any]) -> Loss:
 
 
 def _import_loss(name: str) -> Callable[..., Tensor]:
-    module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute, None)
-    except Exception as error:  # of whatever kind: the module is the user's own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise LossError(f"loss {name}: {module!r} cannot be imported: {reason}") from error
+        found = import_own(name)
+    except ImportError as error:
+        raise LossError(f"loss {name}: {error}") from error
     if not callable(found):
-        raise LossError(f"loss {name}: {module!r} has no function {attribute!r}")
+        raise LossError(f"loss {name} is a {type(found).__name__}; expected a function")
     loss: Callable[..., Tensor] = found
     return loss
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, model_validator
 from pydantic import Field as Bounded
 
+from .own_code import is_own
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -95,7 +97,7 @@ class Card(BaseModel):
         low, high = self.resolution_range_m
         if not low <= self.resolution_m <= high:
             raise ValueError(f"resolution_m {self.resolution_m} outside resolution_range_m {low} to {high}")
-        if self.module != (self.architecture if ":" in self.architecture else None):
+        if self.module != (self.architecture if is_own(self.architecture) else None):
             raise ValueError(f"module {self.module!r} for the architecture {self.architecture!r}")
         if (self.halo_px is None) != (self.receptive_field_px is None):
             raise ValueError("halo_px and receptive_field_px: expected both or neither")
@@ -221,7 +223,7 @@ def save_bundle(path: Path, network: Network, card: Card, half: bool = False) ->
     import torch
 
     from .checkpoints import keys_by_tensor
-    from .networks import is_own, network_name
+    from .networks import network_name
 
     if network_name(network) != card.architecture:
         raise ValueError(f"card of {card.architecture!r} for a network of class {type(network).__name__}")

@@ -12,7 +12,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from segpipe.models.networks import is_own
+from segpipe.models.own_code import is_own
 from segpipe.models.weights import BundleError, Card, blank_network, check_module, read_card
 from segpipe.tasks.errors import UserError
 

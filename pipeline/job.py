@@ -16,7 +16,8 @@ import torch
 from segpipe.models.augment import Augmentation, Framing, Normalisation, RawBatch
 from segpipe.models.field import Field
 from segpipe.models.fit import FitSettings
-from segpipe.models.networks import Network, is_own
+from segpipe.models.networks import Network
+from segpipe.models.own_code import is_own
 from segpipe.models.predictor import Precision, fast_bfloat16, resolve_device
 from segpipe.models.weights import IMAGENET_MEAN, IMAGENET_STD, Card
 from segpipe.tasks.errors import UserError
@@ -132,11 +133,15 @@ def _check_crops(part: str, views: Sequence[View], validate_px: int) -> None:
     if not views or any((cut(view.area, view.core)[2] == SCORED).any() for view in views):
         return
     names = list(dict.fromkeys(view.area.name for view in views))
-    told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
     raise UserError(
-        f"fit.validate_px: {validate_px} px in the middle of each tile of `{part}` ({told}) have no labelled pixel;"
-        " expected some to measure on; cure: a larger one, or all"
+        f"fit.validate_px: {validate_px} px in the middle of each tile of `{part}` ({some_of(names)}) have no labelled"
+        " pixel; expected some to measure on; cure: a larger one, or all"
     )
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
 def resolve_normalisation(config: TrainConfig, areas: Sequence[Area]) -> Normalisation:

@@ -20,14 +20,15 @@ from segpipe.models.fit import FitError, FitSettings, Fitted, Record, first_proc
 from segpipe.models.initialise import initialise
 from segpipe.models.losses import Loss, LossError, resolve_loss
 from segpipe.models.metrics import Scores
-from segpipe.models.networks import Network, build_network, is_own
+from segpipe.models.networks import Network, build_network
+from segpipe.models.own_code import in_one_line, is_own
 from segpipe.models.predictor import Precision, resolve_device
 from segpipe.tasks.errors import RunError, UserError
 from segpipe.tasks.sample import SCORED, cut
 
 from .areas import is_read
 from .config import TrainConfig, load_train
-from .job import TrainJob, check_settings, plan_job, resolve_normalisation
+from .job import TrainJob, check_settings, plan_job, resolve_normalisation, some_of
 from .lock import check_lock, locked
 from .measure import Eye, View, look, measure
 from .pairs import parts_to_read
@@ -131,8 +132,7 @@ def new_field(config: TrainConfig, network: Network) -> Field:
     except Exception as error:
         if not is_own(config.network.name):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"network: {config.network.name} cannot be run: {reason}") from error
+        raise UserError(f"network: {config.network.name} cannot be run: {in_one_line(error)}") from error
 
 
 def new_loss(config: TrainConfig) -> Loss:
@@ -146,7 +146,7 @@ def new_loss(config: TrainConfig) -> Loss:
 def _let_import(config: TrainConfig) -> None:
     """Let a network or loss of the user's own be imported from the YAML's folder, as from an installed package."""
     folder = str(config.file.parent.absolute())
-    if (is_own(config.network.name) or ":" in config.fit.loss) and folder not in sys.path:
+    if (is_own(config.network.name) or is_own(config.fit.loss)) and folder not in sys.path:
         sys.path.insert(0, folder)
 
 
@@ -252,7 +252,7 @@ def _described(job: TrainJob) -> list[str]:
             parts.append(f"{part}: {len(areas)} with {valid:,} labelled pixels, {positive / valid:.1%} buildings")
     empty = [area.name for area in (*job.split.train, *job.split.validate) if not area.positive_pixels]
     if empty:
-        parts.append(f"no building in {', '.join(empty[:3])}" + (f" and {len(empty) - 3} more" if empty[3:] else ""))
+        parts.append(f"no building in {some_of(empty)}")
     settings = job.settings
     return [*parts, f"{settings.epochs} epochs of {settings.steps_per_epoch} steps, {settings.precision}"]
 

@@ -66,6 +66,7 @@ def test_every_network_gives_the_same_bits_in_strips_and_where_a_core_is_asked_f
             assert torch.equal(run(image_BCHW, (rows, cols)), whole_BKHW[:, :, rows, cols]), core
 
 
+# On a processor with AVX2 alone nothing is left out: there the test above is already this one.
 @pytest.mark.skipif("AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="no AVX512 to be left out")
 @pytest.mark.parametrize("name", ["unet11", "unet-mobilenetv2"])
 def test_they_are_the_same_on_a_processor_with_avx2_alone(name: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from segpipe.models.own_code import is_own
+
 from .network import Network
-from .own import OwnNetwork, build_own, is_own
+from .own import OwnNetwork, build_own
 from .unet import UNet, UNetSmall, UNetValid, UNetVGG16
 from .unet11 import UNet11
 from .unet16 import UNet16
@@ -13,7 +15,7 @@ from .unet_densenet121 import UNetDenseNet121
 from .unet_mobilenetv2 import UNetMobileNetV2
 from .unet_resnet import UNetResNet18, UNetResNet34, UNetResNet50, UNetResNet101, UNetResNet152
 
-__all__ = ["NETWORKS", "Network", "OwnNetwork", "build_network", "is_own", "network_name"]
+__all__ = ["NETWORKS", "Network", "OwnNetwork", "build_network", "network_name"]
 
 NETWORKS: dict[str, type[Network]] = {
     "unet11": UNet11,

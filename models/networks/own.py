@@ -5,12 +5,13 @@ What is named is called with the arguments and gives a torch module: image_BCHW 
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+
+from segpipe.models.own_code import import_own, in_one_line
 
 from .network import Network
 
@@ -39,11 +40,6 @@ class OwnNetwork(Network):
         return logits_BKHW
 
 
-def is_own(name: str) -> bool:
-    """Whether a name is one of a user's own network: `package.module:name`."""
-    return ":" in name
-
-
 def build_own(name: str, arguments: dict[str, Any]) -> OwnNetwork:
     """Import and call what is named; `bands` and `classes` are given only if its signature has them.
 
@@ -58,22 +54,19 @@ def build_own(name: str, arguments: dict[str, Any]) -> OwnNetwork:
     try:
         module = build(**given)
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"network {name!r} cannot be built from {given}: {reason}") from error
+        raise ValueError(f"network {name!r} cannot be built from {given}: {in_one_line(error)}") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"network {name!r} gave {type(module).__name__}; expected a torch.nn.Module")
     return OwnNetwork(name, module)
 
 
 def _imported(name: str) -> Callable[..., object]:
-    module, _, attribute = name.partition(":")
     try:
-        found: object = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # of whatever kind: the module is the user's own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        found = import_own(name)
+    except ImportError as error:
         raise ValueError(
-            f"network {name!r} cannot be imported ({reason}); expected package.module:name of a class or function that"
-            " is installed, or on PYTHONPATH"
+            f"network {name!r}: {error}; expected package.module:name of a class or function that is installed, or on"
+            " PYTHONPATH"
         ) from error
     if not callable(found):
         raise ValueError(f"network {name!r} is a {type(found).__name__}; expected a class or function")
