@@ -44,7 +44,8 @@ def dask_settings(threads: int | str = "auto") -> dict[str, Any]:
         "distributed.scheduler.allowed-failures": OWN_FAILURES,
         "distributed.comm.timeouts.connect": f"{WORKER_TIMEOUT_S}s",
         "distributed.comm.timeouts.tcp": f"{NETWORK_S}s",
-        "distributed.deploy.lost-worker-timeout": "2s",
+        # A worker that is lost for so long is closed by its cluster, nanny, job and all, even while it is started anew.
+        "distributed.deploy.lost-worker-timeout": "1d",
         "distributed.nanny.pre-spawn-environ": environment,
         # The last so many messages of each connection, and all tasks they name: at 1,000 they took tens of MiB.
         "distributed.admin.low-level-log-length": 50,

@@ -1,10 +1,13 @@
 """Blocks that kill their worker, whatever it is tried: the rest is finished, they are named, and tried again later."""
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import City, map_it, outputs, tasks_done
 from deeds import DEED, DIARY, fragile_city
+from distributed import Nanny, Status
 
 from segpipe.tasks.errors import RunError
 
@@ -36,6 +39,20 @@ def others_are_done(city: City, folder: Path) -> None:
     assert len(missing) == 1
 
 
+@pytest.fixture
+def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers take long to be started anew, as they do on a machine that is busy."""
+    start = Nanny.instantiate
+
+    async def starting(nanny: Nanny) -> Any:
+        if nanny.status is Status.running:
+            await asyncio.sleep(3)
+        return await start(nanny)
+
+    monkeypatch.setattr(Nanny, "instantiate", starting)
+
+
+@pytest.mark.usefixtures("slowly")
 @pytest.mark.parametrize(
     ("deed", "told"),
     [

@@ -151,7 +151,8 @@ def test_two_jobs_with_a_gpu_each_are_there_while_there_is_something_to_predict(
 def test_a_cancelled_job_is_replaced_and_the_bytes_are_the_same(
     city: City, on_slurm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster_slurm, "ASK_EVERY_S", 1.0)
+    # Later than Dask would give it up, were it left to it, as SLURM is asked when it is not patched.
+    monkeypatch.setattr(cluster_slurm, "ASK_EVERY_S", 5.0)
     cancelled: list[str] = []
 
     def cancel(pool: Distributed) -> None:
@@ -159,7 +160,7 @@ def test_a_cancelled_job_is_replaced_and_the_bytes_are_the_same(
         subprocess.run(["scancel", cancelled[0]], check=True)
 
     when_predicted(monkeypatch, 2, cancel)
-    map_it(on_slurm(), "output=cancelled")
+    map_it(on_slurm(gpu={"cores": 1, "memory": "1536 MiB", "directives": [GPU]}), "output=cancelled")
     assert cancelled
     assert outputs(city.folder / "cancelled") == outputs(city.folder / "twin")
     assert jobs_end()
