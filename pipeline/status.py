@@ -16,7 +16,7 @@ from segpipe.tasks.bucket import BucketFolder
 from segpipe.tasks.errors import StorageError, UserError
 
 from .ledger import as_json
-from .lock import BEAT_S, holder_of, is_alive
+from .lock import BEAT_S, check_lock, holder_of, is_alive
 from .manifest import read_manifest
 from .run_folder import folder_of
 
@@ -31,7 +31,10 @@ SHARE = 0.05
 
 @contextmanager
 def following(plan: Plan, listener: Listener) -> Iterator[None]:
-    """Write how far a run is while the block runs. Done well, what stands in the manifest is all that is to be told."""
+    """Write how far a run is while the block runs. Done well, what stands in the manifest is all that is to be told.
+
+    Nothing is written in a folder that another run has by now, or of which all is gone with its lock.
+    """
     stop = threading.Event()
     thread = threading.Thread(target=_follow, args=(plan, listener, stop), daemon=True)
     thread.start()
@@ -49,6 +52,7 @@ def following(plan: Plan, listener: Listener) -> Iterator[None]:
             stop.set()
             thread.join()
             with suppress(StorageError, OSError):
+                check_lock(plan.folder.hasty(), plan.lock)
                 _send_records(plan)
                 if told:
                     _write(plan, listener, told)
@@ -61,6 +65,7 @@ def _follow(plan: Plan, listener: Listener, stop: threading.Event) -> None:
     while True:
         # A full disk or a silent server is no reason to end: it is tried again.
         with suppress(StorageError, OSError):
+            check_lock(plan.folder.hasty(), plan.lock)
             _write(plan, listener)
             records = sum(it.units + it.failed for it in list(listener.stages.values()))
             if records != sent and time.monotonic() - since >= pause_s:

@@ -420,7 +420,9 @@ def test_a_store_that_is_lost_in_the_middle_of_a_run_is_an_error(
             map_it(config)
     assert lost
     assert not [
-        name for name in buckets.objects("runs/tiny/") if name in ("buildings.gpkg", "mask.tif", "manifest.json")
+        name
+        for name in buckets.objects("runs/tiny/")
+        if name in ("buildings.gpkg", "mask.tif", "manifest.json", "progress.json", "tasks.jsonl")
     ]
     map_it(config)
     assert outputs(download(buckets, tmp_path / "found")) == outputs(city.folder / "run")
