@@ -16,21 +16,13 @@ import pyogrio.errors
 import pyogrio.raw
 import shapely
 from pyproj import CRS, Transformer
-from pyproj.exceptions import CRSError
 
-from segpipe.tasks.errors import RunError, UserError
+from segpipe.tasks.errors import RunError
 
 from .beside import partial_path, write_error
 from .geopackage import LAYER, read_rows
+from .manifest import FORMAT_FILES
 from .rows import SCHEMA
-
-FILES = {
-    "geoparquet": "buildings.parquet",
-    "flatgeobuf": "buildings.fgb",
-    "filegdb": "buildings.gdb",
-    "geojson": "buildings.geojson",
-}
-"""What each of `outputs.formats` is written as in the run folder. A file geodatabase is a folder."""
 
 DRIVERS = {"flatgeobuf": "FlatGeobuf", "filegdb": "OpenFileGDB", "geojson": "GeoJSON"}
 LAYER_OPTIONS: Mapping[str, Mapping[str, str]] = {
@@ -48,33 +40,6 @@ GROUP_BATCHES = 16
 Batches = Iterator[pa.RecordBatch]
 
 
-def resolve_crs(text: str | None) -> str | None:
-    """`outputs.crs` as WKT; None where the grid's is kept. UserError for what is no CRS of two dimensions."""
-    if text is None:
-        return None
-    try:
-        crs = CRS.from_user_input(text)
-    except CRSError:
-        raise UserError(f"outputs.crs: {text} is no known coordinate system; expected one such as EPSG:4326") from None
-    if len(crs.axis_info) != 2:
-        raise UserError(f"outputs.crs: {text} has {len(crs.axis_info)} axes; expected a system of two, as EPSG:4326")
-    return str(crs.to_wkt())
-
-
-def check_not_foreign(there: Collection[str], own: Collection[str], formats: Sequence[str]) -> None:
-    """UserError where a file that a format would be written as is somebody's own.
-
-    there: names in the run folder; own: paths in it that earlier runs have written or begun to write.
-    """
-    ours = {name.partition("/")[0] for name in own}
-    for name in (FILES[each] for each in formats):
-        if name in there and name not in ours:
-            raise UserError(
-                f"outputs.formats: {name} in the output folder was not written by a run, and this one would write over"
-                " it; expected no such file; cure: move or rename it"
-            )
-
-
 def write_formats(
     folder: Path, geopackage: Path, formats: Sequence[str], crs_wkt: str, out_wkt: str | None
 ) -> list[str]:
@@ -86,7 +51,7 @@ def write_formats(
     count = pyogrio.read_info(geopackage, layer=LAYER, force_feature_count=True)["features"]
     written: list[str] = []
     for each in formats:
-        path = folder / FILES[each]
+        path = folder / FORMAT_FILES[each]
         partial = partial_path(path)
         to_wkt = crs_wkt if out_wkt is None or each == "geojson" else out_wkt
         _remove(partial)
@@ -109,7 +74,7 @@ def write_formats(
 def remove_formats(folder: Path, formats: Collection[str], own: Collection[str]) -> None:
     """Delete what earlier runs have written in formats that are no longer asked for: it would tell of other rows."""
     ours = {name.partition("/")[0] for name in own}
-    for each, name in FILES.items():
+    for each, name in FORMAT_FILES.items():
         if each not in formats and name in ours:
             _remove(folder / name)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -37,6 +37,13 @@ DROPPING = "dropping.json"
 """Is there from when a run has published all until it has dropped what `store.keep` does not keep."""
 OUTPUTS = ("mask.tif", "probability.tif", "preview.png", "report.html", "probability.qml", "item.json")
 """What is published besides the GeoPackage."""
+FORMAT_FILES = {
+    "geoparquet": "buildings.parquet",
+    "flatgeobuf": "buildings.fgb",
+    "filegdb": "buildings.gdb",
+    "geojson": "buildings.geojson",
+}
+"""What each of `outputs.formats` is written as in the run folder. A file geodatabase is a folder."""
 TRACES = ("settled.json", "ledger")
 """What a run leaves in its folder before it writes anything else there."""
 REPLACED = (
@@ -269,6 +276,20 @@ def check_folder_is_ours(place: Folder | Path, config: Path | None = None) -> No
             f"output: {folder} holds {', '.join(foreign)} of somebody's own: no run has left a trace there, and this"
             " one would write over it; expected a new folder; cure: name another one in `output:`, or move the files"
         )
+
+
+def check_not_foreign(there: Collection[str], own: Collection[str], formats: Sequence[str]) -> None:
+    """UserError where a file that a format would be written as is somebody's own.
+
+    there: names in the run folder; own: paths in it that earlier runs have written or begun to write.
+    """
+    ours = {name.partition("/")[0] for name in own}
+    for name in (FORMAT_FILES[each] for each in formats):
+        if name in there and name not in ours:
+            raise UserError(
+                f"outputs.formats: {name} in the output folder was not written by a run, and this one would write over"
+                " it; expected no such file; cure: move or rename it"
+            )
 
 
 def _warping(mosaic: Mosaic | None) -> dict[str, Any] | None:

@@ -219,6 +219,19 @@ def _target_crs(headers: Sequence[TileHeader], systems: Sequence[CRS], asked: st
     return CRS.from_epsg((32600 if lat >= 0 else 32700) + int((lon + 180) // 6) % 60 + 1)
 
 
+def resolve_output_crs(text: str | None) -> str | None:
+    """`outputs.crs` as WKT; None where the grid's is kept. UserError for what is no CRS of two dimensions."""
+    if text is None:
+        return None
+    try:
+        crs = CRS.from_user_input(text)
+    except CRSError:
+        raise UserError(f"outputs.crs: {text} is no known coordinate system; expected one such as EPSG:4326") from None
+    if len(crs.axis_info) != 2:
+        raise UserError(f"outputs.crs: {text} has {len(crs.axis_info)} axes; expected a system of two, as EPSG:4326")
+    return str(crs.to_wkt())
+
+
 def check_scattered(headers: Sequence[TileHeader], placement: Placement) -> None:
     """UserError, which lists the groups, where the tiles fill under 1 % of the rectangle around them all."""
     bounds = placement.bounds

@@ -42,10 +42,9 @@ from segpipe.tasks.vectorize import VectorSettings
 
 from .config import CityConfig
 from .district import District, resolve_area
-from .formats import check_not_foreign, resolve_crs
 from .inputs import ASKED_AT_ONCE, find_images
-from .manifest import check_folder_is_ours, own_files
-from .place import Placed, check_scattered, ground_m, place_tiles, settled_mosaics, tile_crs
+from .manifest import check_folder_is_ours, check_not_foreign, own_files
+from .place import Placed, check_scattered, ground_m, place_tiles, resolve_output_crs, settled_mosaics, tile_crs
 from .recipe import Recipe, resolve_halo, resolve_recipe
 from .storage import Folder, LocalFolder, desk_of, folder_at
 from .store import Layout
@@ -263,7 +262,7 @@ def make_plan(config: CityConfig, stored: dict[str, Any] | None = None, crew: Cr
     folder, storage = check_folder(config.folder), config.find_buckets()
     output = desk_of(folder)
     check_folder_is_ours(folder, config.file)
-    resolve_crs(config.outputs.crs)
+    resolve_output_crs(config.outputs.crs)
     check_not_foreign(folder.top(), own_files(folder), config.outputs.formats)
     model = find_model(config.model, config.file.parent)
     card = _card(model, config.module)

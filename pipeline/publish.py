@@ -27,9 +27,10 @@ from .allocator import give_freed_memory_back
 from .beside import partial_path, remove_with_siblings
 from .config import CityConfig
 from .flow import Block
-from .formats import FILES, remove_formats, resolve_crs, write_formats
+from .formats import remove_formats, write_formats
 from .geopackage import CHANGES_LAYER, add_changes, read_rows, write_geopackage
 from .lock import check_lock
+from .place import resolve_output_crs
 from .placing import find_published, place_geopackage
 from .plan import Plan
 from .progress import Listener, StageSums
@@ -158,9 +159,9 @@ def publish_all(
 def _other_formats(config: CityConfig, plan: Plan, geopackage: Path) -> list[str]:
     """Write the footprints in the formats that are asked for, and delete those that earlier runs were asked for."""
     asked, own = config.outputs.formats, manifest.own_files(plan.folder)
-    manifest.begin_files(plan.folder, [FILES[each] for each in asked])
+    manifest.begin_files(plan.folder, [manifest.FORMAT_FILES[each] for each in asked])
     remove_formats(plan.output, asked, own)
-    out_wkt = resolve_crs(config.outputs.crs)
+    out_wkt = resolve_output_crs(config.outputs.crs)
     return write_formats(plan.output, geopackage, asked, plan.lattice.crs_wkt, out_wkt)
 
 

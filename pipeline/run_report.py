@@ -12,9 +12,9 @@ from segpipe.tasks.predict import INVALID
 from . import report
 from .config import CityConfig
 from .describe import describe, pixels_seen
-from .formats import FILES
 from .imagery import imagery_of
 from .inputs import versions
+from .manifest import FORMAT_FILES
 from .plan import Plan, ground_pixel_m
 from .progress import told_of_device
 from .publish import Published
@@ -77,7 +77,7 @@ def write_preview_and_report(config: CityConfig, plan: Plan, published: Publishe
         versions=tuple(versions().items()),
         outputs=(
             (published.geopackage.name, "layers buildings (the footprints), changes, tiles, skipped and run"),
-            *((FILES[it], "the footprints") for it in config.outputs.formats),
+            *((FORMAT_FILES[it], "the footprints") for it in config.outputs.formats),
             *([("tile_masks/", "a mask a tile: 255 building, 0 not")] if published.tile_masks else []),
             *OUTPUTS,
         ),

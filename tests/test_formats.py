@@ -20,14 +20,14 @@ from published_rows import published_rows
 from pyproj import CRS, Transformer
 
 from segpipe.pipeline.config import load_city
-from segpipe.pipeline.formats import FILES, write_formats
+from segpipe.pipeline.formats import write_formats
 from segpipe.pipeline.geopackage import write_geopackage
-from segpipe.pipeline.manifest import nothing_changed
+from segpipe.pipeline.manifest import FORMAT_FILES, nothing_changed
 from segpipe.pipeline.plan import make_plan
 from segpipe.tasks.errors import RunError, UserError
 
 WKT = CRS(32645).to_wkt()
-ALL = f"outputs.formats=[{', '.join(FILES)}]"
+ALL = f"outputs.formats=[{', '.join(FORMAT_FILES)}]"
 
 
 @pytest.fixture
@@ -51,11 +51,11 @@ def table(path: Path) -> gpd.GeoDataFrame:
     return frame.sort_values("building_id", ignore_index=True)
 
 
-@pytest.mark.parametrize("each", FILES)
+@pytest.mark.parametrize("each", FORMAT_FILES)
 def test_every_format_reads_back_equal_to_the_geopackage(geopackage: Path, each: str) -> None:
     expected = table(geopackage)
     write_formats(geopackage.parent, geopackage, [each], WKT, None)
-    found = table(geopackage.parent / FILES[each])
+    found = table(geopackage.parent / FORMAT_FILES[each])
     for name in expected.columns.drop("geometry"):
         assert (found[name] == expected[name]).all(), name
     if each == "geojson":
@@ -111,11 +111,11 @@ def test_a_disk_that_cannot_be_written_to_is_one_line(geopackage: Path) -> None:
 def test_a_run_writes_all_that_is_asked_for_and_takes_back_what_no_longer_is(city: City) -> None:
     map_it(city.config, ALL)
     folder = city.folder / "run"
-    assert all((folder / name).exists() for name in FILES.values())
+    assert all((folder / name).exists() for name in FORMAT_FILES.values())
     assert nothing_changed(load_city(city.config, [ALL])) is not None
     before = outputs(folder)
     map_it(city.config)
-    assert not [name for name in FILES.values() if (folder / name).exists()]
+    assert not [name for name in FORMAT_FILES.values() if (folder / name).exists()]
     assert outputs(folder) == before
 
 
