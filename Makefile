@@ -30,7 +30,8 @@ bench: .venv/installed
 	$(BIN)/python bench/scale.py --short
 	$(BIN)/python bench/gpu.py --tiles 2 --side 700 --network unet-mobilenetv2
 	$(BIN)/python bench/run.py $(SHARED)/data/banepa/tiles --repeat 1
-	$(BIN)/python bench/naive.py $(SHARED)/data/banepa/tiles
+	$(BIN)/python bench/run.py $(SHARED)/data/banepa/tiles --repeat 1 --tiles 2
+	$(BIN)/python bench/naive.py $(SHARED)/data/banepa/tiles --labelled $(SHARED)/data/val
 	$(BIN)/python bench/train.py conf/train/buildings.yaml --steps 5 --set network.initialisation=lecun \
 	  --set 'areas=[$(call BANEPA,train)]' --set 'validate=[$(call BANEPA,val)]'
 

@@ -12,16 +12,16 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import subprocess
-import sys
+import signal
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import click
 import psutil
 import rasterio
-import yaml
+from city import finish_run, run_city, start_run, write_city
 
 CUTS = [(1024, 2048, 2), (256, 2048, 1), (512, 2048, 2), (1024, 4096, 1), (512, 3072, 2)]
 """(chunk_px, block_px, workers) of the undisturbed runs; the first is also the one that is killed."""
@@ -31,30 +31,15 @@ def write_config(folder: Path, tiles: Path, model: str, cut: tuple[int, int, int
     """A city.yaml for a cut, in a folder of its own."""
     folder.mkdir(parents=True)
     chunk_px, block_px, workers = cut
-    job = {
-        "name": "cuts",
-        "images": str(tiles.resolve() / "*.tif"),
-        "model": model,
-        "output": "run",
-        "nodata": [0, 255],
-        "grid": {"chunk_px": chunk_px, "block_px": block_px},
-        "cluster": {"workers": workers, "threads": 1},
-    }
-    config = folder / "city.yaml"
-    config.write_text(yaml.safe_dump(job))
-    return config
-
-
-def start(config: Path) -> psutil.Popen:
-    """Start `segpipe run` in a process of its own."""
-    command = [sys.executable, "-c", "from segpipe.pipeline.cli import main; main()", "run", str(config)]
-    return psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: psutil.Popen) -> None:
-    _, errors = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"exit {process.returncode}: {errors[-2000:]}")
+    return write_city(
+        folder,
+        model,
+        name="cuts",
+        images=str(tiles.resolve() / "*.tif"),
+        nodata=[0, 255],
+        grid={"chunk_px": chunk_px, "block_px": block_px},
+        cluster={"workers": workers, "threads": 1},
+    )
 
 
 def workers_of(process: psutil.Popen) -> list[psutil.Process]:
@@ -66,6 +51,22 @@ def workers_of(process: psutil.Popen) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def kill_driver(process: psutil.Popen) -> bool:
+    """Kill a run's driver; False if it had ended by itself."""
+    if process.poll() is None:
+        process.kill()
+    return bool(process.wait() == -signal.SIGKILL)
+
+
+def kill_worker(process: psutil.Popen) -> bool:
+    """Kill one of a run's workers; False if there was none."""
+    with suppress(psutil.NoSuchProcess):
+        for worker in workers_of(process):
+            worker.kill()
+            return True
+    return False
 
 
 def digests(run: Path) -> tuple[str, str, str]:
@@ -112,29 +113,30 @@ def main(tiles: Path, model: str, kills: int, seed: int, first_cuts: int) -> Non
         for number, cut in enumerate(CUTS[:first_cuts]):
             begun = time.monotonic()
             config = write_config(folder / f"cut{number}", tiles, model, cut)
-            finish(start(config))
+            run_city(config)
             usual = usual or time.monotonic() - begun
             note("chunk {}, block {}, {} workers".format(*cut), time.monotonic() - begun, config.parent / "run")
         for number in range(kills):
             config = write_config(folder / f"driver{number}", tiles, model, CUTS[0])
             moment = rng.uniform(0.1, 0.95) * usual
             begun = time.monotonic()
-            process = start(config)
+            process = start_run(config)
             time.sleep(moment)
-            process.kill()
-            process.wait()
-            finish(start(config))
-            note(f"driver killed after {moment:.0f} s", time.monotonic() - begun, config.parent / "run")
+            if killed := kill_driver(process):
+                run_city(config)
+            else:
+                finish_run(process, config)
+            told = "driver killed" if killed else "driver not killed: it had ended"
+            note(f"{told} after {moment:.0f} s", time.monotonic() - begun, config.parent / "run")
         for number in range(kills):
             config = write_config(folder / f"worker{number}", tiles, model, CUTS[0])
             moment = rng.uniform(0.15, 0.8) * usual
             begun = time.monotonic()
-            process = start(config)
+            process = start_run(config)
             time.sleep(moment)
-            for worker in workers_of(process)[:1]:
-                worker.kill()
-            finish(process)
-            note(f"worker killed after {moment:.0f} s", time.monotonic() - begun, config.parent / "run")
+            told = "worker killed" if kill_worker(process) else "worker not killed: there was none"
+            finish_run(process, config)
+            note(f"{told} after {moment:.0f} s", time.monotonic() - begun, config.parent / "run")
     if len(set(rows)) != 1:
         raise SystemExit(f"{len(set(rows))} different results; expected one")
     print(f"\nall {len(rows)} runs gave the same bytes")

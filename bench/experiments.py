@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ import click
 import numpy as np
 import rasterio
 import yaml
+from city import SEGPIPE
 from numpy.typing import NDArray
 from PIL import Image
 from rasterio.errors import NotGeoreferencedWarning
@@ -163,16 +163,15 @@ EXPERIMENTS = {"figure3": figure3, "table1": table1}
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 def main(experiment: str, shared: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    segpipe = [sys.executable, "-c", "from segpipe.pipeline.cli import main; main()"]
     runs = []
     for job in EXPERIMENTS[experiment](shared, folder.resolve()):
         config = folder / f"{job['name']}.yaml"
         config.write_text(yaml.safe_dump(job, sort_keys=False))
         click.echo(f"{job['name']}")
-        subprocess.run([*segpipe, "train", str(config)], check=True)
+        subprocess.run([*SEGPIPE, "train", str(config)], check=True)
         if job["name"] != BEFORE:
             runs.append(str(folder / job["output"]))
-    subprocess.run([*segpipe, "compare", *runs, "--output", str(folder / "compare")], check=True)
+    subprocess.run([*SEGPIPE, "compare", *runs, "--output", str(folder / "compare")], check=True)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ import numpy as np
 import psutil
 import rasterio
 import rasterio.shutil
-import yaml
 import zarr
 from affine import Affine
+from city import write_city
 from numpy.typing import NDArray
 from rasterio.windows import Window as RasterWindow
 from scipy.ndimage import gaussian_filter, zoom
@@ -117,9 +117,7 @@ def decode_and_write(paths: list[Path], folder: Path) -> None:
 
 def plan_city(folder: Path, model: str) -> Plan:
     """A plan for the tiles in a folder, with an empty store."""
-    config = folder / "city.yaml"
-    job = {"name": "bench", "images": "tiles/*.tif", "model": model, "output": "run", "nodata": 0}
-    config.write_text(yaml.safe_dump(job | {"grid": {"chunk_px": CHUNK_PX, "block_px": 4096}}))
+    config = write_city(folder, model, nodata=0, grid={"chunk_px": CHUNK_PX, "block_px": 4096})
     return make_plan(load_city(config), None)
 
 

@@ -10,7 +10,7 @@ The library buildingregulariser is measured beside where it is installed; the pa
 from __future__ import annotations
 
 import importlib.util
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyogrio
 import rasterio
 import shapely
+from city import SEGPIPE, peak_mib
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -47,9 +48,8 @@ def settings(simplify_m: float, regularize: Any) -> VectorSettings:
 
 def predicted(image: Path, folder: Path) -> tuple[NDArray[np.uint8], Lattice, Window]:
     """Probabilities of one image, by `segpipe predict`, and its place on a lattice."""
-    command = "from segpipe.pipeline.cli import main; main()"
     arguments = ["predict", str(image), "--model", MODEL, "--output", str(folder)]
-    subprocess.run([sys.executable, "-c", command, *arguments], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*SEGPIPE, *arguments], check=True, stdout=subprocess.DEVNULL)
     prob_HW = np.array(Image.open(folder / f"{image.stem}_probability.png"))
     with rasterio.open(image) as raster:
         to, size = raster.transform, raster.transform.a
@@ -208,7 +208,7 @@ def memory_table(count: int) -> None:
     lattice = Lattice(wkt, 0.3, 0.0, 0.0)
 
     def peak_mb() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return peak_mib(os.getpid())
 
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "buildings.gpkg"

@@ -9,16 +9,14 @@ the pixels of each run. Prints Markdown.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import click
 import numpy as np
 import rasterio
-import yaml
 from affine import Affine
+from city import run_city, write_city
 from rasterio.warp import Resampling, reproject
 
 from segpipe.pipeline.evaluate import evaluate_runs
@@ -48,10 +46,8 @@ def resample(image: Path, target: Path, resolution_m: float) -> None:
 def map_and_count(image: Path, truth: Path, model: str, resolution_m: float | None, folder: Path) -> Counts:
     """Pixel counts of a run on one image against its footprints."""
     folder.mkdir()
-    job = {"name": "bench", "images": str(image), "model": model, "output": "run", "store": {"keep": "none"}}
-    (folder / "city.yaml").write_text(yaml.safe_dump(job | {"grid": {"resolution_m": resolution_m}}))
-    command = [sys.executable, "-c", "from segpipe.pipeline.cli import main; main()", "run", str(folder / "city.yaml")]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    grid = {"resolution_m": resolution_m}
+    run_city(write_city(folder, model, images=str(image), store={"keep": "none"}, grid=grid))
     return evaluate_runs([folder / "run"], [truth], folder / "evaluation").cities[0].whole.pixels
 
 

@@ -5,19 +5,17 @@
 Every row is measured in one go on one machine, so its ratios hold even where its speeds do not. Prints Markdown.
 repeat n stands for n x n copies of the city side by side. The predict task and the bare pass of the same network,
 precision, threads and window (on a tensor already in memory) are timed in one process. Peak memory is the largest
-resident set that Linux tells of a process (VmHWM), looked at every second. With --compiled compiled passes of the same
-network, in the precision that a worker chooses and without any halo, are timed before and after the run: what is left
-of the faster ones' speed is told of the run without its start, which is until its first task.
+resident set that Linux tells of a process (VmHWM), looked at every second. The run's seconds in three: until its first
+task begins, from there until the last block is joined, and until the command ends; --tiles 2 is a city of two tiles.
+With --compiled passes of the same network, compiled and as a worker runs it, in the run's precision, with all cores and
+without any halo, are timed before and after the run: what is left of the fastest ones' speed is told of the run without
+its start.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,59 +25,28 @@ from pathlib import Path
 
 import click
 import psutil
-import rasterio
 import yaml
-from affine import Affine
+from city import as_worker, finish_run, peak_mib, repeat_tiles, start_run, write_city
 
-from segpipe.pipeline.allocator import WORKER_ENVIRONMENT
+from segpipe.pipeline.config import load_city
+from segpipe.pipeline.plan import Plan, make_plan, read_settled
 
-COMPILED_PX, COMPILED_S = (1024, 2048), 10
-"""Sides of the windows of compiled passes, and how many seconds each is timed."""
-
-
-def repeat_tiles(tiles: Path, folder: Path, times: int) -> None:
-    """Copy tiles times x times, each copy shifted by whole pixels of the lattice; pixels stay as they are encoded."""
-    folder.mkdir(parents=True)
-    paths = sorted(tiles.glob("*.tif"))
-    bounds = []
-    for path in paths:
-        with rasterio.open(path) as dataset:
-            bounds.append((*dataset.bounds, dataset.transform.a))
-    step = bounds[0][4]
-    width = round((max(b[2] for b in bounds) - min(b[0] for b in bounds)) / step)
-    height = round((max(b[3] for b in bounds) - min(b[1] for b in bounds)) / step)
-    for row in range(times):
-        for col in range(times):
-            for path in paths:
-                copy = folder / f"{path.stem}_{row}_{col}.tif"
-                shutil.copy(path, copy)
-                copy.chmod(0o644)
-                with rasterio.open(copy, "r+") as dataset:
-                    dataset.transform = Affine.translation(col * width * step, -row * height * step) * dataset.transform
-
-
-def write_config(folder: Path, model: str, settings: dict[str, object]) -> Path:
-    """A city.yaml for the tiles in a folder."""
-    config = folder / "city.yaml"
-    job = {"name": "bench", "images": "tiles/*.tif", "model": model, "output": "run", "nodata": [0, 255]}
-    config.write_text(yaml.safe_dump(job | settings))
-    return config
+BARE_PX, BARE_S = (1024, 2048), 10
+"""Sides of the windows of the bare passes around a run, and how many seconds each is timed."""
 
 
 def run_and_watch(config: Path) -> tuple[float, dict[str, float]]:
     """Seconds of one `segpipe run`, and the peak memory of the driver and of the largest worker in MiB."""
     peak = {"driver": 0.0, "worker": 0.0}
     start = time.perf_counter()
-    command = [sys.executable, "-c", "from segpipe.pipeline.cli import main; main()", "run", str(config)]
-    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = start_run(config)
     while process.poll() is None:
         for role, member in [("driver", process), *(("worker", child) for child in children(process))]:
             peak[role] = max(peak[role], peak_mib(member.pid))
         # Not more often: looking through all processes for children takes from the run what it measures.
         with suppress(psutil.TimeoutExpired):
             process.wait(1)
-    if process.returncode:
-        raise SystemExit(process.stderr.read())
+    finish_run(process, config)
     return time.perf_counter() - start, peak
 
 
@@ -90,15 +57,6 @@ def children(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def peak_mib(pid: int) -> float:
-    """The largest resident set that a process has had so far; 0 where it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0.0
-    return sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) / 1024
-
-
 def predict_and_bare(folder: Path, passes: int) -> tuple[float, float]:
     """Megapixels of window a second: of the whole predict task of the fullest block, and of bare passes of its window.
 
@@ -107,8 +65,6 @@ def predict_and_bare(folder: Path, passes: int) -> tuple[float, float]:
     import torch
 
     from segpipe.pipeline import stages
-    from segpipe.pipeline.config import load_city
-    from segpipe.pipeline.plan import make_plan, read_settled
 
     plan = make_plan(load_city(folder / "city.yaml"), read_settled(folder / "run"))
     site = stages.Site(plan)
@@ -120,6 +76,8 @@ def predict_and_bare(folder: Path, passes: int) -> tuple[float, float]:
     def bare_pass():
         with torch.inference_mode():
             predictor.forward(seen[0])
+            if seen[0].is_cuda:
+                torch.cuda.synchronize()
 
     def remember(window):
         seen.append(predictor._normalised(window, predictor._kept).clone())
@@ -143,33 +101,38 @@ def predict_and_bare(folder: Path, passes: int) -> tuple[float, float]:
     return mpx / statistics.median(task), mpx / statistics.median(bare)
 
 
-def compiled_passes(model: str) -> list[Callable[[], float]]:
-    """Each gives megapixels a second, the median of passes on a window of one size."""
+def bare_passes(plan: Plan) -> dict[str, Callable[[], float]]:
+    """Each gives megapixels a second, the median of passes on a window of one size.
+
+    Compiled ones, and eager ones of the network made ready as a worker runs it: either may be the faster. On this
+    process's device, in the precision of the plan, with all cores.
+    """
     import torch
+    from forward import compiled, taken_px, waited
 
-    from segpipe.models.fold import fold_batchnorm
-    from segpipe.models.predictor import fast_bfloat16, resolve_device
     from segpipe.models.weights import load_bundle
-    from segpipe.pipeline.plan import find_model
+    from segpipe.pipeline.network import load_predictor
+    from segpipe.pipeline.plan import model_file
+    from segpipe.pipeline.workers import allowance
 
-    network = load_bundle(find_model(model, Path.cwd())).network.eval()
-    fold_batchnorm(network)
-    dtype = torch.bfloat16 if fast_bfloat16(resolve_device()) else torch.float32
-    network = network.to(dtype).to(memory_format=torch.channels_last)
-    compiled = torch.compile(network, dynamic=False, options={"freezing": True})
+    predictor = load_predictor(plan)
+    network = load_bundle(model_file(plan), allowed_module=plan.card.module).network.eval()
+    runs = {"compiled": compiled(network, predictor.device, predictor.dtype), "eager": predictor.forward}
 
-    def timed(side: int) -> float:
-        image_BCHW = torch.randn(1, 3, side, side).to(dtype).to(memory_format=torch.channels_last)
+    def timed(kind: str, side: int) -> float:
+        torch.set_num_threads(allowance()[0])
+        image_BCHW = torch.randn(1, len(plan.card.bands), side, side).to(predictor.device, predictor.dtype)
+        once = waited(runs[kind], image_BCHW.to(memory_format=torch.channels_last))
+        once()
         seconds: list[float] = []
-        with torch.inference_mode():
-            compiled(image_BCHW)
-            while sum(seconds) < COMPILED_S:
-                start = time.perf_counter()
-                compiled(image_BCHW)
-                seconds.append(time.perf_counter() - start)
+        while sum(seconds) < BARE_S:
+            start = time.perf_counter()
+            once()
+            seconds.append(time.perf_counter() - start)
         return side**2 / 1e6 / statistics.median(seconds)
 
-    return [partial(timed, side) for side in COMPILED_PX]
+    sides = [taken_px(predictor.network, side) for side in BARE_PX]
+    return {f"{kind} {side} px": partial(timed, kind, side) for kind in runs for side in sides}
 
 
 @click.command()
@@ -178,25 +141,38 @@ def compiled_passes(model: str) -> list[Callable[[], float]]:
 @click.option("--repeat", "repeats", multiple=True, type=int, default=(1, 2, 4), show_default=True)
 @click.option("--settings", default="{}", help="More of city.yaml, as YAML: '{grid: {block_px: 2048}}'.")
 @click.option("--passes", default=3, show_default=True, help="How often the task and the bare pass are timed.")
-@click.option("--compiled", "against_compiled", is_flag=True, help="Time compiled passes before and after runs.")
-def main(tiles: Path, model: str, repeats: tuple[int, ...], settings: str, passes: int, against_compiled: bool) -> None:
-    if WORKER_ENVIRONMENT.items() - os.environ.items():
-        # The allocator reads its settings when a process starts: this one is to have those of the workers.
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | WORKER_ENVIRONMENT)
-    compiled = compiled_passes(model) if against_compiled else []
+@click.option(
+    "--compiled", "against_compiled", is_flag=True, help="Time compiled and eager passes before and after runs."
+)
+@click.option("--tiles", "first", type=int, help="Only so many tiles, in natural order; else all.")
+def main(
+    tiles: Path,
+    model: str,
+    repeats: tuple[int, ...],
+    settings: str,
+    passes: int,
+    against_compiled: bool,
+    first: int | None,
+) -> None:
+    as_worker()
+    timed: dict[str, Callable[[], float]] = {}
     columns = ["city", "valid Mpx", "whole run, s", "whole run, Mpx/s", "predict task, Mpx/s of window"]
     columns += ["bare pass, Mpx/s", "task / bare", "window px / valid px", "driver, MiB", "worker, MiB"]
-    columns += ["start, s", "compiled, before and after, Mpx/s", "run without start / compiled"] if compiled else []
+    columns += ["until the first task, s", "blocks and joins, s", "publishing, s"]
+    if against_compiled:
+        columns += ["bare passes, before and after, Mpx/s", "run without start / fastest bare passes"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for times in repeats:
         with tempfile.TemporaryDirectory(prefix="segpipe-bench-") as name:
             folder = Path(name)
-            repeat_tiles(tiles, folder / "tiles", times)
-            config = write_config(folder, model, yaml.safe_load(settings))
-            before = [timed() for timed in compiled]
+            repeat_tiles(tiles, folder / "tiles", times, first)
+            config = write_city(folder, model, **{"nodata": [0, 255]} | yaml.safe_load(settings))
+            if against_compiled:
+                timed = timed or bare_passes(make_plan(load_city(config)))
+            before = [once() for once in timed.values()]
             begun = time.time()
             seconds, peak = run_and_watch(config)
-            after = [timed() for timed in compiled]
+            after = [once() for once in timed.values()]
             records = [json.loads(line) for line in (folder / "run" / "tasks.jsonl").read_text().splitlines()]
             manifest = json.loads((folder / "run" / "manifest.json").read_text())
             mpx = manifest["counts"]["valid_px"] / 1e6
@@ -205,11 +181,14 @@ def main(tiles: Path, model: str, repeats: tuple[int, ...], settings: str, passe
             cells = [f"{times} x {times}", f"{mpx:.1f}", f"{seconds:.0f}", f"{mpx / seconds:.3f}", f"{task:.3f}"]
             cells += [f"{bare:.3f}", f"{task / bare:.2f}", f"{seen / mpx:.2f}"]
             cells += [f"{peak['driver']:.0f}", f"{peak['worker']:.0f}"]
-            if compiled:
-                started = min(r["ended"] - r["seconds"] for r in records) - begun
-                fastest = max((one + other) / 2 for one, other in zip(before, after, strict=True))
-                told = ", ".join(f"{one:.3f} {other:.3f}" for one, other in zip(before, after, strict=True))
-                cells += [f"{started:.1f}", told, f"{mpx / (seconds - started) / fastest:.2f}"]
+            started = min(r["ended"] - r["seconds"] for r in records) - begun
+            mapped = max(r["ended"] for r in records if r["stage"] != "publish") - begun
+            cells += [f"{started:.1f}", f"{mapped - started:.1f}", f"{seconds - mapped:.1f}"]
+            if against_compiled:
+                pairs = [*zip(before, after, strict=True)]
+                told = (f"{name}: {one:.3f} {other:.3f}" for name, (one, other) in zip(timed, pairs, strict=True))
+                fastest = max(sum(pair) / 2 for pair in pairs)
+                cells += [", ".join(told), f"{mpx / (seconds - started) / fastest:.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
 
 

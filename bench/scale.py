@@ -20,7 +20,6 @@ import cProfile
 import json
 import os
 import pstats
-import resource
 import subprocess
 import sys
 import tempfile
@@ -203,6 +202,8 @@ class Clock:
     @contextmanager
     def taking(self, stage: str) -> Iterator[None]:
         """Take the time of a block, of one stage."""
+        from city import peak_mib
+
         cpu, wall = time.process_time(), time.perf_counter()
         if stage == self._profiled:
             self.profile.enable()
@@ -211,7 +212,7 @@ class Clock:
             self.profile.disable()
         self.cpu_s[stage] += time.process_time() - cpu
         self.wall_s[stage] += time.perf_counter() - wall
-        self.peak_mib[stage] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        self.peak_mib[stage] = peak_mib(os.getpid())
 
     def watch(self, module: Any, name: str, stage: str) -> None:
         """Take the time of a function of a module whenever it is called."""
@@ -312,18 +313,23 @@ def measure(config: Path, profiled: str | None) -> dict[str, Any]:
 
 def nothing_changed_s(config: Path) -> float:
     """Seconds of the command on a city that is published."""
+    from city import SEGPIPE
+
     start = time.perf_counter()
-    command = [sys.executable, "-c", "from segpipe.pipeline.cli import main; main()", "run", str(config)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    told = subprocess.run([*SEGPIPE, "run", str(config)], capture_output=True, text=True, check=True).stdout
     assert "nothing to do" in told, told
     return time.perf_counter() - start
 
 
 @click.command()
-@click.option("--blocks", "sizes", multiple=True, type=int, default=(1000, 10_000), show_default=True)
+@click.option("--blocks", "sizes", multiple=True, type=int, help="1,000 and 10,000 if not given.")
 @click.option("--short", is_flag=True, help="200 and 1,000 blocks.")
 @click.option("--workers", default=8, show_default=True, help="Worker processes.")
-@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="For cities; kept if it is given.")
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="For a folder a city, which stay; else none does.",
+)
 @click.option("--drive", "city", type=click.Path(path_type=Path), hidden=True)
 @click.option("--profile", "profiled", type=click.Choice(STAGES), help="Print a profile of one stage of the driver.")
 def main(
@@ -332,18 +338,26 @@ def main(
     if city is not None:
         drive(city, profiled)
         return
+    if short and sizes:
+        raise click.UsageError("--short is 200 and 1,000 blocks: expected no --blocks beside it")
+    sizes = sizes or ((200, 1000) if short else (1000, 10_000))
+    if folder is not None and (there := [str(folder / str(size)) for size in sizes if (folder / str(size)).exists()]):
+        raise click.BadParameter(
+            f"{', '.join(there)}: is there already; expected another folder", param_hint="--folder"
+        )
     print(
         "| blocks | tasks | wall, ms | driver, ms | of a task, ms | plan | flow | joins | publish | report, manifest |"
         " run again, ms | nothing changed, s | driver after flow, MiB | after joins | at the end |"
     )
     print("|" + "---|" * 15)
-    for size in (200, 1000) if short else sizes:
-        with tempfile.TemporaryDirectory(prefix="segpipe-bench-", dir=folder) as name:
-            config = write_city(Path(name), size, workers)
-            blocks = len(list((Path(name) / "tiles").iterdir())) * TILE_BLOCKS**2
+    for size in sizes:
+        with tempfile.TemporaryDirectory(prefix="segpipe-bench-") as scratch:
+            place = Path(scratch) if folder is None else folder / str(size)
+            config = write_city(place, size, workers)
+            blocks = len(list((place / "tiles").iterdir())) * TILE_BLOCKS**2
             first = measure(config, profiled)
             unchanged_s = nothing_changed_s(config)
-            (Path(name) / "run" / "mask.tif").unlink()
+            (place / "run" / "mask.tif").unlink()
             again = measure(config, None)
             print(row_of(blocks, first, again, unchanged_s), flush=True)
 

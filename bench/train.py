@@ -4,8 +4,8 @@
 
 Both take turns in one process, with the same network, loss, optimiser, precision and threads, so the ratio holds even
 where the speeds do not. A step of the training draws its crops from the chunks, here or in other processes, augments
-them, measures them, averages weights and writes checkpoints; a bare one is forward, loss, backward and the step of the
-optimiser.
+them, measures them, averages weights and writes checkpoints; a bare one is forward, loss and backward of as many
+batches (fit.accumulate), and the step of the optimiser.
 Prints Markdown: medians over the rounds, also of the ratios of each round. Processor seconds are of all threads and of
 the processes that read crops; on a machine that does other work besides, only their ratio tells something.
 """
@@ -13,6 +13,7 @@ the processes that read crops; on a machine that does other work besides, only t
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 import tempfile
 import time
@@ -25,12 +26,11 @@ import click
 import psutil
 import torch
 from rich.console import Console
-from torch import nn
 
 from segpipe.models.augment import Batch, prepare
 from segpipe.models.field import probe_field
 from segpipe.models.fit import FitSettings, Fitted, Record, fit
-from segpipe.models.loop import make_optimiser
+from segpipe.models.loop import _freeze, make_optimiser
 from segpipe.models.losses import Loss
 from segpipe.models.metrics import Scores
 from segpipe.models.networks import Network
@@ -46,26 +46,30 @@ HELD = 4
 def bare_seconds(
     network: Network, loss: Loss, batches: list[Batch], settings: FitSettings, steps: int
 ) -> tuple[float, float]:
-    """Seconds of one bare step, of so many."""
-    network = copy.deepcopy(network).to(resolve_device()).to(memory_format=torch.channels_last).train()
+    """Seconds of one bare step, of so many: of as many batches, and of what learns, as in the fit."""
+    dtype = torch.float64 if settings.precision == "float64" else torch.float32
+    network = copy.deepcopy(network).to(resolve_device(), dtype).to(memory_format=torch.channels_last).train()
+    _freeze(network, settings)
     if settings.frozen_statistics or settings.freeze_encoder:
         for name, layer in network.named_modules():
-            if name.startswith(network.encoder_prefix) and isinstance(layer, nn.BatchNorm2d):
+            if name.startswith(network.encoder_prefix) and isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
                 layer.eval()
     optimiser = make_optimiser(network, settings)
     device = next(network.parameters()).device
+    endless = itertools.cycle(batches)
 
-    def step(batch: Batch) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-            value = loss(network(batch.image_BCHW), batch.target_BKHW, batch.valid_BHW)
+    def step() -> None:
         optimiser.zero_grad()
-        value.backward()
+        for batch in itertools.islice(endless, settings.accumulate):
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+                value = loss(network(batch.image_BCHW.to(dtype)), batch.target_BKHW, batch.valid_BHW)
+            (value / settings.accumulate).backward()
         optimiser.step()
 
-    step(batches[0])
+    step()
     start = spent()
-    for number in range(steps):
-        step(batches[number % len(batches)])
+    for _ in range(steps):
+        step()
     return per_step(start, spent(), steps)
 
 
@@ -98,6 +102,9 @@ def fit_seconds(run: Callable[..., Fitted], settings: FitSettings, steps: int) -
 @click.option("--rounds", default=3, show_default=True)
 def main(config: Path, overrides: tuple[str, ...], steps: int, rounds: int) -> None:
     keep_memory()
+    # As the fit sets them, from the first bare step on.
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     with tempfile.TemporaryDirectory(prefix="segpipe-bench-") as name:
         job_config = load_train(config, (*overrides, f"output={name}"))
         network, loss = train.new_network(job_config), train.new_loss(job_config)

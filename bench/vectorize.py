@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import resource
 import shutil
 import subprocess
 import tempfile
@@ -41,6 +40,7 @@ import pyproj
 import rasterio
 import shapely
 import shapely.geometry
+from city import peak_mib
 from numpy.typing import NDArray
 from rasterio.features import shapes
 from scipy.ndimage import gaussian_filter
@@ -170,8 +170,7 @@ class Spent:
     @staticmethod
     def since(start: float, processor: float) -> Spent:
         """By this process, since its clocks stood at start and at processor."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        return Spent(time.perf_counter() - start, time.process_time() - processor, peak)
+        return Spent(time.perf_counter() - start, time.process_time() - processor, peak_mib(os.getpid()))
 
 
 @dataclass(frozen=True)
@@ -292,14 +291,20 @@ def gdal_polygonize(job: Job) -> tuple[Spent, Found] | None:
     # Its own Python and libraries: nothing of this environment may leak in.
     own = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "GDAL", "PROJ"))}
     process = subprocess.Popen([command, "-q", str(job.mask), str(vectors)], env=own)
-    _, status, used = os.wait4(process.pid, 0)
+    peak = 0.0
+    while True:
+        peak = max(peak, peak_mib(process.pid))
+        ended, status, used = os.wait4(process.pid, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.02)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{command} failed with exit code {process.returncode}")
     seconds = time.perf_counter() - start
     count = pyogrio.read_info(vectors)["features"]
     vectors.unlink()
-    return Spent(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024), Found(count)
+    return Spent(seconds, used.ru_utime + used.ru_stime, peak), Found(count)
 
 
 def measure(side: int, block_px: int, processes: int) -> Iterator[tuple[str, int, Spent, Found, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -28,11 +29,26 @@ def load(script: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_a_script_loads_and_names_the_command_that_runs_it(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = load(script, monkeypatch)
+    if "__main__" not in script.read_text():
+        assert any(f"from {script.stem} import" in other.read_text() for other in SCRIPTS), "imported by no script"
+        return
     assert f"python bench/{script.name}" in (module.__doc__ or "")
     main = getattr(module, "main", None)
     if isinstance(main, click.Command):
         told = CliRunner().invoke(main, ["--help"])
         assert told.exit_code == 0, told.output
+
+
+def test_the_script_for_gpus_and_its_workers_need_no_library_that_only_publishes_or_trains() -> None:
+    missing = ("pyogrio", "geopandas", "lightning", "matplotlib", "kornia", "torchmetrics", "bokeh")
+    code = (
+        # What is None there cannot be imported.
+        f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
+        "import gpu, segpipe.pipeline.cluster_worker, segpipe.pipeline.stages"
+    )
+    command, folder = [sys.executable, "-c", code], SCRIPTS[0].parent
+    told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
 
 
 def test_every_table_of_the_page_of_benchmarks_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
