@@ -611,6 +611,21 @@ def _load(kind: type[JobT], file: Path, overrides: Sequence[str]) -> JobT:
     return job
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which takes the last of equal keys; YAML itself has none."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (same := (key.tag, key.value)) in lines:
+                    problem = f"found the key {key.value} again, which is in line {lines[same]} too; expected it once"
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                lines[same] = key.start_mark.line + 1
+        return node
+
+
 def _read(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
@@ -620,7 +635,7 @@ def _read(file: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{file}: cannot be read: it is no text; expected a YAML file") from None
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark is not None else ""
@@ -640,7 +655,7 @@ def override(data: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {text}: expected key.path=value, for example vectorize.threshold=0.4")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = yaml.load(value, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"--set {text}: the value is not YAML") from None
     *path, last = key.split(".")

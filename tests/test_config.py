@@ -261,6 +261,8 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         ("name: 'a\0b'", ["not YAML"]),
         ("name: [1\nimages: x", ["not YAML", "line"]),
         ("name: !!python/object:os.system x", ["not YAML"]),
+        ("nodata: 0\nname: here\nnodata: 255", ["line 3: found the key nodata again, which is in line 1 too"]),
+        ("grid: {halo_px: 32, block_px: 1024, halo_px: 64}", ["found the key halo_px again"]),
     ],
 )
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, words: list[str]) -> None:
