@@ -144,7 +144,7 @@ def desk_of(folder: Folder) -> Path:
     """Where published files are written: the folder itself, or one of this machine's for temporary files."""
     if isinstance(folder, LocalFolder):
         return folder.path
-    name = blake2b(folder.url.encode(), digest_size=8).hexdigest()
+    name = blake2b(f"{folder.server} {folder.url}".encode(), digest_size=8).hexdigest()
     return Path(tempfile.gettempdir()) / f"segpipe-{os.getuid()}-{name}"
 
 

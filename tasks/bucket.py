@@ -155,6 +155,11 @@ class BucketFolder:
         """The same folder, for what is nice to have: nobody waits for it twice."""
         return replace(self, patience=ONCE)
 
+    @property
+    def server(self) -> str:
+        """Address of its server, an empty text for Amazon's: others may have a folder of the same name."""
+        return self._endpoint()[0] or ""
+
     def check(self, key: str) -> None:
         """UserError, naming a key of the YAML, where there is no such bucket, or it is not for us."""
         import obstore
@@ -333,15 +338,17 @@ class BucketFolder:
             kind, words = _explained(error)
             if kind == "missing":
                 raise FileNotFoundError(f"{self.file(name)}: {words}") from None
-            address = _endpoint(self.url, _bucket_and_key(self.url)[0])[0]
-            server = "" if address is None else f"; its server is {address}"
+            server = f"; its server is {self.server}" if self.server else ""
             raise StorageError(f"{self.file(name) if name else self.url}: {words}{server}") from None
 
     def _store(self, below: str = "") -> S3Store:
         bucket, key = _bucket_and_key(self.url)
         prefix = "/".join(part for part in (key, below) if part)
+        return _store(bucket, prefix, *self._endpoint(), self.patience)
+
+    def _endpoint(self) -> tuple[str | None, bool, bool]:
         try:
-            return _store(bucket, prefix, *_endpoint(self.url, bucket), self.patience)
+            return _endpoint(self.url, _bucket_and_key(self.url)[0])
         except TileError as error:
             raise StorageError(str(error)) from None
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import rasterio
 from conftest import draw_blobs, map_it, outputs, stages_since, tasks_done, write_tile
+from rasterio.session import Session
 from servers import FileServer, serving
 
 from segpipe.pipeline.config import load_city
@@ -24,6 +25,7 @@ from segpipe.pipeline.manifest import nothing_changed
 from segpipe.tasks import remote
 from segpipe.tasks.errors import TileError, UserError
 from segpipe.tasks.files import file_digest, file_stamp, gdal_path, open_options, resolved, tile_name
+from segpipe.tasks.read import _gdal, read_header
 
 PIXELS = draw_blobs(64, 64)
 
@@ -120,6 +122,21 @@ def test_a_tile_behind_a_url_has_the_pixels_of_the_file(
 ) -> None:
     write_tile(tmp_path / name, PIXELS, 0, 0)
     assert (read(resolved(url_of(server, scheme, name), "/")) == PIXELS).all()
+
+
+def test_keys_to_buckets_are_looked_up_once_and_again_when_they_have_changed(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tile(tmp_path / "tile.tif", PIXELS, 0, 0)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "one")
+    asked, find = [], Session.from_environ
+    monkeypatch.setattr(Session, "from_environ", lambda: asked.append(1) or find())
+    for _ in range(3):
+        read_header(url_of(server, "s3"))
+    assert len(asked) == 1
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "another")
+    with _gdal(url_of(server, "s3")) as environment:
+        assert environment.options["AWS_SESSION_TOKEN"] == "another"
 
 
 @SCHEMES

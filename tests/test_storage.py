@@ -39,12 +39,13 @@ from segpipe.pipeline.lock import LOCK, locked
 from segpipe.pipeline.manifest import DROPPING, nothing_changed
 from segpipe.pipeline.plan import make_plan
 from segpipe.pipeline.status import PROGRESS, status_of
-from segpipe.pipeline.storage import OWN_FOLDERS, desk_of, folder_at
+from segpipe.pipeline.storage import OWN_FOLDERS, desk_of
 from segpipe.pipeline.store import Layout, Store, prepare_store
 from segpipe.tasks import bucket
 from segpipe.tasks.bucket import BucketFolder, Patience
 from segpipe.tasks.errors import RunError, StorageError, UserError
 from segpipe.tasks.grid import Lattice, Window
+from segpipe.tasks.read import _open_tiles
 
 MakeCity = Callable[..., City]
 
@@ -143,13 +144,13 @@ def test_a_run_in_a_bucket_gives_what_a_local_run_gives(make_city: MakeCity, buc
 
 @pytest.mark.usefixtures("in_process")
 def test_nothing_stays_on_this_machine(
-    make_city: MakeCity, buckets: Buckets, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_city: MakeCity, buckets: Buckets, folder: BucketFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     room = tmp_path / "room"
     room.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(room))
     city = make_city(1, 2, **SMALL)
-    left = desk_of(folder_at(RUN))
+    left = desk_of(folder)
     left.mkdir()
     (left / "mask.partial-segpipe.tif").write_bytes(b"of a run that was killed")
     map_it(in_bucket(city, buckets))
@@ -614,6 +615,12 @@ def test_two_runs_do_not_share_a_folder_in_a_bucket(folder: BucketFolder) -> Non
         pass
 
 
+def test_runs_in_folders_of_one_name_on_two_servers_write_their_files_apart(folder: BucketFolder) -> None:
+    here = desk_of(folder)
+    bucket.Storage("http://127.0.0.1:9", "us-east-1").use()
+    assert desk_of(folder) != here
+
+
 def hold(folder: BucketFolder, **changes: Any) -> None:
     """A lock of somebody else's."""
     me = json.loads(lock_module._lock_text("other", 3))
@@ -795,6 +802,8 @@ def test_no_secret_is_written_anywhere(
     text = StringIO()
     run.map_city(load_city(config), Console(file=text))
     buckets.client.delete_object(Bucket=BUCKET, Key="tiles/tile2.tif")
+    # GDAL takes its header from memory as long as it is open.
+    _open_tiles.drop(f"s3://{BUCKET}/tiles/tile2.tif")
     with pytest.raises(UserError):
         run.map_city(load_city(config, [f"images=s3://{BUCKET}/tiles/tile2.tif"]), Console(file=text))
     told = [text.getvalue().encode(), *buckets.objects().values()]
