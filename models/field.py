@@ -32,6 +32,16 @@ ROWS_AT_ONCE = 8
 OWN_WINDOW = 8
 """Side of the window whose memory is measured, in strides, for an own network that has to be run for it."""
 
+_CAT = torch.ops.aten.cat.default
+_MAPS = {
+    torch.ops.aten.add.Tensor: 2,
+    torch.ops.aten.maximum.default: 2,
+    torch.ops.aten.relu.default: 1,
+    torch.ops.aten.hardtanh_.default: 1,
+    torch.ops.aten.batch_norm.default: 1,
+}
+"""Operators that give a map of the shape of those they are given, and how many these are."""
+
 
 @dataclass(frozen=True)
 class Field:
@@ -316,11 +326,32 @@ def _in_eval_mode(network: nn.Module) -> Iterator[None]:
 
 
 def _meta(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(tensor, dtype=dtype if tensor.is_floating_point() else None, device="meta")
+    return torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device="meta")
+
+
+def _answer(func: Any, args: Sequence[Any]) -> Tensor | None:
+    """What some operators make of maps on the meta device, None for others and for what is not plain.
+
+    Torch has these in Python there, and imports its compiler at the first of them, which takes 1.5 s.
+    """
+    maps = args[0] if func is _CAT else [it for it in args[: _MAPS.get(func, 0)] if isinstance(it, Tensor)]
+    if len(maps) < _MAPS.get(func, 1) or not all(it.is_meta and it.dtype == maps[0].dtype for it in maps):
+        return None
+    if func is _CAT and args[1:] == (1,) and len({(it.shape[0], *it.shape[2:]) for it in maps}) == 1:
+        batch, _, *sides = maps[0].shape
+        return maps[0].new_empty(batch, sum(it.shape[1] for it in maps), *sides)
+    if func in _MAPS and len({it.shape for it in maps}) == 1:
+        return maps[0] if func is torch.ops.aten.hardtanh_.default else maps[0].new_empty(maps[0].shape)
+    return None
 
 
 class _LiveStorages(TorchDispatchMode):
     """Counts the bytes of all storages made while it is on, and remembers the most that lived at once."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch's question to a mode: it would import its compiler to leave this one out of what is compiled."""
+        return False
 
     def __init__(self) -> None:
         super().__init__()
@@ -336,7 +367,9 @@ class _LiveStorages(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Runs the operator and takes note of what it made."""
-        result = func(*args, **(kwargs or {}))
+        result = None if kwargs else _answer(func, args)
+        if result is None:
+            result = func(*args, **(kwargs or {}))
         for item in result if isinstance(result, tuple | list) else (result,):
             if isinstance(item, Tensor):
                 self._note(item.untyped_storage())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -36,8 +37,17 @@ def fold_batchnorm(network: Network) -> None:
     for source, target in [*_pairs(network)]:
         conv, norm = network.get_submodule(source), network.get_submodule(target)
         assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-        network.set_submodule(source, fuse_conv_bn_eval(conv, norm))
+        network.set_submodule(source, _folded(conv, norm))
         network.set_submodule(target, nn.Identity().eval())
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    if not conv.weight.is_meta:
+        return fuse_conv_bn_eval(conv, norm)
+    # There is nothing to compute, and torch would import its compiler for it (1.5 s).
+    folded = copy.deepcopy(conv)
+    folded.bias = nn.Parameter(torch.empty(conv.out_channels, dtype=conv.weight.dtype, device="meta"))
+    return folded
 
 
 def _pairs(network: Network) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -187,3 +189,20 @@ def test_peak_memory_of_every_network_is_that_of_a_few_full_maps(name: str) -> N
         network = build_network(name)
     channels = peak_bytes_per_px(network, torch.float32) / 4
     assert 40 < channels < 500
+
+
+def test_memory_is_told_without_torchs_compiler_which_takes_longer_to_import_than_all_else_of_a_plan() -> None:
+    code = """
+import sys, torch
+from segpipe.models.field import peak_bytes_per_px
+from segpipe.models.networks import build_network
+from segpipe.models.predictor import made_ready
+for name in ("unet-mobilenetv2", "unet11", "unet-resnet18", "unet-densenet121"):
+    with torch.device("meta"):
+        network = build_network(name).eval()
+    for device in ("cpu", "cuda"):
+        assert peak_bytes_per_px(network, torch.bfloat16, run=made_ready(network, device)) > 0
+        assert "torch._dynamo" not in sys.modules, (name, device)
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
