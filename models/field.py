@@ -337,9 +337,11 @@ def _answer(func: Any, args: Sequence[Any]) -> Tensor | None:
     maps = args[0] if func is _CAT else [it for it in args[: _MAPS.get(func, 0)] if isinstance(it, Tensor)]
     if len(maps) < _MAPS.get(func, 1) or not all(it.is_meta and it.dtype == maps[0].dtype for it in maps):
         return None
-    if func is _CAT and args[1:] == (1,) and len({(it.shape[0], *it.shape[2:]) for it in maps}) == 1:
-        batch, _, *sides = maps[0].shape
-        return maps[0].new_empty(batch, sum(it.shape[1] for it in maps), *sides)
+    if func is _CAT:
+        axis, shape = args[1] if len(args) > 1 else 0, [*maps[0].shape]
+        shape[axis] = sum(it.shape[axis] for it in maps)
+        agree = all([*it.shape[:axis], *it.shape[axis + 1 :]] == [*shape[:axis], *shape[axis + 1 :]] for it in maps)
+        return maps[0].new_empty(shape) if agree and axis >= 0 else None
     if func in _MAPS and len({it.shape for it in maps}) == 1:
         return maps[0] if func is torch.ops.aten.hardtanh_.default else maps[0].new_empty(maps[0].shape)
     return None
