@@ -1,6 +1,7 @@
 """Laws of verify: a finished run passes, for any cut, area and setting, and each planted fault is found and named."""
 
 import json
+import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -29,10 +30,13 @@ MakeCity = Callable[..., City]
 
 
 @pytest.fixture
-def run(make_city: MakeCity, in_process: type[FakePredictor]) -> Path:
-    city = make_city()
-    map_it(city.config)
-    return city.folder / "run"
+def run(make_city: MakeCity, in_process: type[FakePredictor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the city, done once and copied."""
+    city, first = make_city(), tmp_path_factory.getbasetemp() / "run-to-verify"
+    if not first.exists():
+        map_it(city.config)
+        (city.folder / "run").rename(first)
+    return Path(shutil.copytree(first, city.folder / "run"))
 
 
 def difference(run: Path) -> str:
