@@ -61,10 +61,15 @@ def number(text: str) -> float:
     return float(found[0].replace(",", "")) if found else float("nan")
 
 
+def rows_of(panel: Panel, text: str) -> dict[str, dict[str, str]]:
+    """The rows of a panel's table that it shows, by their names."""
+    rows = {", ".join(row[name] for name in panel.names): row for row in table_of(text, panel.heading)}
+    return {name: row for name, row in rows.items() if panel.only in name}
+
+
 def draw(axes: Axes, panel: Panel, text: str) -> None:
     """Horizontal bars: a group for each row, a bar for each value, with its number."""
-    rows = {", ".join(row[name] for name in panel.names): row for row in table_of(text, panel.heading)}
-    rows = {name: row for name, row in rows.items() if panel.only in name}
+    rows = rows_of(panel, text)
     thick = 0.8 / len(panel.values)
     for index, column in enumerate(panel.values):
         values = [number(row[column]) for row in rows.values()]
@@ -85,7 +90,11 @@ def draw(axes: Axes, panel: Panel, text: str) -> None:
 def main() -> None:
     mpl.use("Agg")
     text = PAGE.read_text(encoding="utf-8")
-    figure, grid = plt.subplots(4, 2, figsize=(12, 13), layout="constrained")
+    # Side by side, as high as the one with more bars, each of them as high as its number.
+    bars = [max(20, len(rows_of(panel, text)) * len(panel.values)) for panel in PANELS]
+    heights = [max(bars[first : first + 2]) for first in range(0, len(bars), 2)]
+    size = (12, sum(0.12 * it + 0.8 for it in heights))
+    figure, grid = plt.subplots(len(heights), 2, figsize=size, height_ratios=heights, layout="constrained")
     for axes, panel in zip(grid.flat, PANELS, strict=False):
         draw(axes, panel, text)
     for axes in grid.flat[len(PANELS) :]:
