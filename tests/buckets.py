@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from urllib.request import Request, urlopen
 
 import boto3
 import psutil
@@ -63,11 +64,19 @@ class Buckets:
         """Make the bucket, if it is not there."""
         self.client.create_bucket(Bucket=BUCKET)
 
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of all objects below a prefix, without it."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+        return [it["Key"].removeprefix(prefix) for page in pages for it in page.get("Contents", [])]
+
+    def get(self, key: str) -> bytes:
+        """The bytes of an object."""
+        data: bytes = self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+        return data
+
     def objects(self, prefix: str = "") -> dict[str, bytes]:
         """All objects below a prefix, by what comes after it."""
-        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
-        keys = [it["Key"] for page in pages for it in page.get("Contents", [])]
-        return {key.removeprefix(prefix): self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
+        return {name: self.get(prefix + name) for name in self.names(prefix)}
 
 
 @contextmanager
@@ -88,12 +97,7 @@ def serving_buckets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Buckets]:
 
 def server_reset(buckets: Buckets) -> None:
     """Forget what was kept: moto keeps it for the process, whatever server it is asked through."""
-    client = buckets.client
-    for bucket in client.list_buckets()["Buckets"]:
-        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket["Name"]):
-            for it in page.get("Contents", []):
-                client.delete_object(Bucket=bucket["Name"], Key=it["Key"])
-        client.delete_bucket(Bucket=bucket["Name"])
+    urlopen(Request(f"{buckets.endpoint}/moto-api/reset", method="POST")).close()
 
 
 def set_environment(monkeypatch: pytest.MonkeyPatch) -> None:

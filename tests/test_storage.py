@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import pytest
 import yaml
 from buckets import BUCKET, KEY, SECRET, Buckets, OwnServer, serving_buckets, set_environment
 from click.testing import CliRunner
-from conftest import City, FakePredictor, map_it, outputs, write_tile
+from conftest import City, FakePredictor, map_it, outputs, write_city, write_tile
 from deeds import DEED, DIARY, fragile_city
 from hosts import DRIVER, Hosts, wait_until
 from rich.console import Console
@@ -87,6 +87,19 @@ def folder(buckets: Buckets, monkeypatch: pytest.MonkeyPatch) -> BucketFolder:
     return BucketFolder(RUN)
 
 
+_local: dict[str, Any] = {}
+
+
+@pytest.fixture
+def local(tmp_path: Path, bundle: Path, in_process: type[FakePredictor]) -> dict[str, Any]:
+    """What a run of the small city publishes on a disk, done once."""
+    if not _local:
+        city = write_city(tmp_path / "local", bundle, 1, 2, **SMALL)
+        map_it(city.config)
+        _local.update(outputs(city.folder / "run"))
+    return _local
+
+
 def in_bucket(city: City, buckets: Buckets, **changes: Any) -> Path:
     """The city's YAML, its run in the bucket."""
     storage = {"endpoint": buckets.endpoint, "region": "us-east-1"}
@@ -102,13 +115,18 @@ def upload(city: City, buckets: Buckets) -> dict[str, Any]:
     return {"images": f"s3://{BUCKET}/tiles/*.tif", "model": f"s3://{BUCKET}/models/fake.safetensors"}
 
 
-def download(buckets: Buckets, to: Path) -> Path:
-    """The run folder in the bucket, as an independent client sees it."""
-    for name, data in buckets.objects("runs/tiny/").items():
+def download(buckets: Buckets, to: Path, names: Iterable[str] | None = None) -> Path:
+    """The run folder in the bucket, as an independent client sees it. names: of some files; else all."""
+    for name in buckets.names("runs/tiny/") if names is None else names:
         path = to / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        path.write_bytes(buckets.get(f"runs/tiny/{name}"))
     return to
+
+
+def outputs_in(buckets: Buckets, to: Path) -> dict[str, Any]:
+    """What is published in the bucket, of all that must not depend on how the work was cut."""
+    return outputs(download(buckets, to, ("buildings.gpkg", "mask.tif", "probability.tif")))
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -117,7 +135,7 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 def records(buckets: Buckets) -> list[tuple[str, str]]:
     """Stage and unit of each task that was done, over all runs."""
-    lines = [json.loads(line) for line in buckets.objects(f"runs/tiny/{RECORDS}")[""].decode().splitlines()]
+    lines = [json.loads(line) for line in buckets.get(f"runs/tiny/{RECORDS}").decode().splitlines()]
     return [(it["stage"], it["unit"]) for it in lines if "error" not in it]
 
 
@@ -207,7 +225,7 @@ def test_what_has_changed_in_the_bucket_is_noticed(make_city: MakeCity, buckets:
     if what == "output":
         client.put_object(Bucket=BUCKET, Key="runs/tiny/mask.tif", Body=b"short")
     elif what == "model":
-        data = buckets.objects("models/fake.safetensors")[""].replace(b"not stated", b"all rights")
+        data = buckets.get("models/fake.safetensors").replace(b"not stated", b"all rights")
         client.put_object(Bucket=BUCKET, Key="models/fake.safetensors", Body=data)
     else:
         path = write_tile(city.folder / "other.tif", 255 - city.image_CHW[:, :144, :144], -17_666_700, 1_666_500)
@@ -227,13 +245,13 @@ def test_killed_anywhere_a_run_goes_on_and_does_nothing_twice(
     tmp_path: Path,
     killed_after: Callable[[Path, int], bool],
     tasks: int,
+    local: dict[str, Any],
 ) -> None:
     city = make_city(1, 2, **SMALL)
-    map_it(city.config)
     config = in_bucket(city, buckets)
     assert killed_after(config, tasks)
     map_it(config)
-    assert outputs(download(buckets, tmp_path / "found")) == outputs(city.folder / "run")
+    assert outputs_in(buckets, tmp_path / "found") == local
     done = records(buckets)
     assert len(set(done)) == len(done)
 
@@ -243,13 +261,13 @@ def test_kept_probabilities_are_enough_for_another_threshold(make_city: MakeCity
     city = make_city(1, 2, **SMALL)
     config = in_bucket(city, buckets, store={"keep": "probability"})
     map_it(config)
-    assert not buckets.objects("runs/tiny/store.zarr/image/")
+    assert not buckets.names("runs/tiny/store.zarr/image/")
     before = len(records(buckets))
     map_it(config, "vectorize.threshold=0.7")
     assert {stage for stage, _ in records(buckets)[before:]} <= {"vectorize", "join", "publish"}
     map_it(config, "store.keep=none", "vectorize.threshold=0.6")
     assert not [
-        name for name in buckets.objects("runs/tiny/") if name.split("/")[0] in ("store.zarr", "ledger", "fragments")
+        name for name in buckets.names("runs/tiny/") if name.split("/")[0] in ("store.zarr", "ledger", "fragments")
     ]
 
 
@@ -286,9 +304,9 @@ def test_fresh_starts_over_and_ends_the_same(make_city: MakeCity, buckets: Bucke
     city = make_city(1, 2, **SMALL)
     config = in_bucket(city, buckets)
     map_it(config)
-    first = outputs(download(buckets, tmp_path / "first"))
+    first = outputs_in(buckets, tmp_path / "first")
     map_it(config, fresh=True)
-    assert outputs(download(buckets, tmp_path / "second")) == first
+    assert outputs_in(buckets, tmp_path / "second") == first
 
 
 @pytest.mark.usefixtures("in_process")
@@ -322,7 +340,7 @@ def test_a_run_in_a_bucket_is_verified_and_evaluated_by_its_yaml(
     assert "no pictures" not in evaluated.output
     (run,) = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["runs"]
     assert run["run"] == RUN
-    data = buckets.objects("runs/tiny/probability.qml")[""]
+    data = buckets.get("runs/tiny/probability.qml")
     buckets.client.put_object(Bucket=BUCKET, Key="runs/tiny/probability.qml", Body=data + b" ")
     damaged = CliRunner().invoke(main, ["verify", str(config)])
     assert damaged.exit_code == 1
@@ -336,14 +354,14 @@ def test_footprints_that_somebody_has_changed_are_left_alone_and_old_masks_go(
     city = make_city(1, 2, **SMALL)
     config = in_bucket(city, buckets)
     map_it(config, "publish.tile_masks=true")
-    assert len(buckets.objects("runs/tiny/tile_masks/")) == 2
+    assert len(buckets.names("runs/tiny/tile_masks/")) == 2
     mine = b"my own work"
     buckets.client.put_object(Bucket=BUCKET, Key="runs/tiny/buildings.gpkg", Body=mine)
     published = map_it(config)
     assert published.geopackage.name == "buildings-2.gpkg"
-    assert buckets.objects("runs/tiny/buildings.gpkg")[""] == mine
-    assert buckets.objects("runs/tiny/buildings-2.gpkg")[""].startswith(b"SQLite format 3\0")
-    assert not buckets.objects("runs/tiny/tile_masks/")
+    assert buckets.get("runs/tiny/buildings.gpkg") == mine
+    assert buckets.get("runs/tiny/buildings-2.gpkg").startswith(b"SQLite format 3\0")
+    assert not buckets.names("runs/tiny/tile_masks/")
 
 
 @pytest.mark.usefixtures("in_process")
@@ -366,10 +384,11 @@ def test_what_is_damaged_or_lost_in_the_bucket_is_made_anew(
     city = make_city(1, 2, **SMALL)
     config = in_bucket(city, buckets)
     map_it(config)
-    first = outputs(download(buckets, tmp_path / "first"))
+    first = outputs_in(buckets, tmp_path / "first")
     for what in ("store.zarr/image/c/0/1/1", "store.zarr/probability/c/2/2", "fragments/"):
-        name, data = next(iter(buckets.objects(f"runs/tiny/{what}").items()))
-        key, half = f"runs/tiny/{what}{name}", len(data) // 2
+        key = f"runs/tiny/{what}{buckets.names(f'runs/tiny/{what}')[0]}"
+        data = buckets.get(key)
+        half = len(data) // 2
         if how == "lost":
             buckets.client.delete_object(Bucket=BUCKET, Key=key)
         else:
@@ -378,7 +397,7 @@ def test_what_is_damaged_or_lost_in_the_bucket_is_made_anew(
     # Another threshold and back: all that is kept is read.
     map_it(config, "predict.halo=64", "vectorize.threshold=0.7")
     map_it(config)
-    assert outputs(download(buckets, tmp_path / "second")) == first
+    assert outputs_in(buckets, tmp_path / "second") == first
 
 
 @pytest.mark.usefixtures("in_process")
@@ -396,19 +415,23 @@ def test_a_missing_chunk_that_is_all_fill_is_refused(folder: BucketFolder) -> No
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("stage", ["read", "predict", "join"])
 def test_a_store_that_is_lost_in_the_middle_of_a_run_is_an_error(
-    make_city: MakeCity, buckets: Buckets, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
+    make_city: MakeCity,
+    buckets: Buckets,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    stage: str,
+    local: dict[str, Any],
 ) -> None:
     city = make_city(1, 2, **SMALL)
-    map_it(city.config)
     config = in_bucket(city, buckets)
     work = getattr(stages, stage)
     lost: list[str] = []
 
     def losing(site: stages.Site, *arguments: Any) -> stages.Receipt:
         if not lost:
-            for name in buckets.objects("runs/tiny/"):
-                lost.append(name)
-                buckets.client.delete_object(Bucket=BUCKET, Key=f"runs/tiny/{name}")
+            lost.extend(buckets.names("runs/tiny/"))
+            keys = [{"Key": f"runs/tiny/{name}"} for name in lost]
+            buckets.client.delete_objects(Bucket=BUCKET, Delete={"Objects": keys})
         receipt: stages.Receipt = work(site, *arguments)
         return receipt
 
@@ -420,11 +443,11 @@ def test_a_store_that_is_lost_in_the_middle_of_a_run_is_an_error(
     assert lost
     assert not [
         name
-        for name in buckets.objects("runs/tiny/")
+        for name in buckets.names("runs/tiny/")
         if name in ("buildings.gpkg", "mask.tif", "manifest.json", "progress.json", "tasks.jsonl")
     ]
     map_it(config)
-    assert outputs(download(buckets, tmp_path / "found")) == outputs(city.folder / "run")
+    assert outputs_in(buckets, tmp_path / "found") == local
 
 
 @pytest.mark.usefixtures("in_process", "buckets")
@@ -468,10 +491,14 @@ def own_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OwnServer]:
 @pytest.mark.usefixtures("in_process", "hasty")
 @pytest.mark.parametrize("stage", ["scan", "predict", "join"])
 def test_after_a_server_was_silent_the_same_command_goes_on(
-    make_city: MakeCity, own_server: OwnServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
+    make_city: MakeCity,
+    own_server: OwnServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    stage: str,
+    local: dict[str, Any],
 ) -> None:
     city = make_city(1, 2, **SMALL)
-    map_it(city.config)
     config = in_bucket(city, own_server.buckets)
     work = getattr(stages, stage)
 
@@ -489,7 +516,7 @@ def test_after_a_server_was_silent_the_same_command_goes_on(
     # The lock could not be given back; of a process that has ended, as this one has not, it is taken over.
     own_server.buckets.client.delete_object(Bucket=BUCKET, Key=f"runs/tiny/{LOCK}")
     map_it(config)
-    assert outputs(download(own_server.buckets, tmp_path / "found")) == outputs(city.folder / "run")
+    assert outputs_in(own_server.buckets, tmp_path / "found") == local
     done = records(own_server.buckets)
     twice = len(done) - len(set(done))
     assert twice <= 1
@@ -521,16 +548,15 @@ def test_a_server_that_stands_still_for_90_s_ends_the_run_and_nothing_is_done_tw
         assert hosts.start("driver", command).wait() == 0, (tmp_path / "driver.txt").read_text()
     finally:
         hosts.end()
-    assert outputs(download(own_server.buckets, tmp_path / "found")) == outputs(city.folder / "twin")
+    assert outputs_in(own_server.buckets, tmp_path / "found") == outputs(city.folder / "twin")
     assert {entry["times"] for entry in predicted()} == {1}
 
 
 @pytest.mark.usefixtures("in_process", "hasty")
 def test_a_server_that_comes_back_without_its_data_is_an_error_and_then_a_new_beginning(
-    make_city: MakeCity, own_server: OwnServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_city: MakeCity, own_server: OwnServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, local: dict[str, Any]
 ) -> None:
     city = make_city(1, 2, **SMALL)
-    map_it(city.config)
     config = in_bucket(city, own_server.buckets)
     predict, others = stages.predict, []
 
@@ -550,7 +576,7 @@ def test_a_server_that_comes_back_without_its_data_is_an_error_and_then_a_new_be
             map_it(config)
         others[0].buckets.make()
         map_it(config)
-        assert outputs(download(others[0].buckets, tmp_path / "found")) == outputs(city.folder / "run")
+        assert outputs_in(others[0].buckets, tmp_path / "found") == local
     finally:
         others[0].kill()
 
