@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segpipe.models.fold import fold_batchnorm
 from segpipe.models.networks import Network, build_network
-from segpipe.models.predictor import LEAST_STRIDES, Precision, Predictor, fast_bfloat16, resolve_device
+from segpipe.models.predictor import Precision, Predictor, fast_bfloat16, input_side, resolve_device
 from segpipe.models.weights import Bundle, probed_card
 
 PRODUCT = {"cpu": 2048, "cuda": 8192}
@@ -41,16 +41,10 @@ Pass = Callable[[], Any]
 
 def flop_per_px(network: Network) -> float:
     """Floating point operations a pixel, two for each multiplication and addition."""
-    side = taken_px(network, 256)
+    side = input_side(network, network.stride, 256)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         network(torch.zeros(1, 3, side, side))
     return counter.get_total_flops() / side**2
-
-
-def taken_px(network: Network, side: int) -> int:
-    """Side of what `predict` gives a network for a window: whole strides, and no fewer than it takes."""
-    whole = -(-max(side, LEAST_STRIDES * network.stride + 2 * network.border_px) // network.stride) * network.stride
-    return whole - (network.stride - network.remainder_px if network.remainder_px else 0)
 
 
 def placed(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -182,7 +176,7 @@ def main(networks: tuple[str, ...], sides: tuple[int, ...], precision: Precision
     for name in networks:
         network = build_network(name)
         for side in sides:
-            if (taken := taken_px(network, side)) != side:
+            if (taken := input_side(network, network.stride, side)) != side:
                 message = f"{side}: of such a window predict makes one of {taken} px for {name}; expected that"
                 raise click.BadParameter(message, param_hint="--side")
     precision = precision or ("bfloat16" if fast_bfloat16(resolve_device()) else "float32")

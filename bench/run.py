@@ -108,8 +108,9 @@ def bare_passes(plan: Plan) -> dict[str, Callable[[], float]]:
     process's device, in the precision of the plan, with all cores.
     """
     import torch
-    from forward import compiled, taken_px, waited
+    from forward import compiled, waited
 
+    from segpipe.models.predictor import input_side
     from segpipe.models.weights import load_bundle
     from segpipe.pipeline.network import load_predictor
     from segpipe.pipeline.plan import model_file
@@ -131,7 +132,7 @@ def bare_passes(plan: Plan) -> dict[str, Callable[[], float]]:
             seconds.append(time.perf_counter() - start)
         return side**2 / 1e6 / statistics.median(seconds)
 
-    sides = [taken_px(predictor.network, side) for side in BARE_PX]
+    sides = [input_side(predictor.network, plan.card.stride, side) for side in BARE_PX]
     return {f"{kind} {side} px": partial(timed, kind, side) for kind in runs for side in sides}
 
 

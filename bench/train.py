@@ -30,7 +30,7 @@ from rich.console import Console
 from segpipe.models.augment import Batch, prepare
 from segpipe.models.field import probe_field
 from segpipe.models.fit import FitSettings, Fitted, Record, fit
-from segpipe.models.loop import _freeze, make_optimiser
+from segpipe.models.loop import compute_repeatably, freeze, keep_statistics, make_optimiser
 from segpipe.models.losses import Loss
 from segpipe.models.metrics import Scores
 from segpipe.models.networks import Network
@@ -49,11 +49,8 @@ def bare_seconds(
     """Seconds of one bare step, of so many: of as many batches, and of what learns, as in the fit."""
     dtype = torch.float64 if settings.precision == "float64" else torch.float32
     network = copy.deepcopy(network).to(resolve_device(), dtype).to(memory_format=torch.channels_last).train()
-    _freeze(network, settings)
-    if settings.frozen_statistics or settings.freeze_encoder:
-        for name, layer in network.named_modules():
-            if name.startswith(network.encoder_prefix) and isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
-                layer.eval()
+    freeze(network, settings)
+    keep_statistics(network, settings)
     optimiser = make_optimiser(network, settings)
     device = next(network.parameters()).device
     endless = itertools.cycle(batches)
@@ -102,9 +99,7 @@ def fit_seconds(run: Callable[..., Fitted], settings: FitSettings, steps: int) -
 @click.option("--rounds", default=3, show_default=True)
 def main(config: Path, overrides: tuple[str, ...], steps: int, rounds: int) -> None:
     keep_memory()
-    # As the fit sets them, from the first bare step on.
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    compute_repeatably()
     with tempfile.TemporaryDirectory(prefix="segpipe-bench-") as name:
         job_config = load_train(config, (*overrides, f"output={name}"))
         network, loss = train.new_network(job_config), train.new_loss(job_config)

@@ -334,17 +334,22 @@ def _answer(func: Any, args: Sequence[Any]) -> Tensor | None:
 
     Torch has these in Python there, and imports its compiler at the first of them, which takes 1.5 s.
     """
-    maps = args[0] if func is _CAT else [it for it in args[: _MAPS.get(func, 0)] if isinstance(it, Tensor)]
-    if len(maps) < _MAPS.get(func, 1) or not all(it.is_meta and it.dtype == maps[0].dtype for it in maps):
+    if func is not _CAT and func not in _MAPS:
+        return None
+    first: Tensor
+    others: list[Any]
+    first, *others = args[0] if func is _CAT else args[: _MAPS[func]]
+    if not first.is_meta or not all(isinstance(it, Tensor) and it.is_meta and it.dtype == first.dtype for it in others):
         return None
     if func is _CAT:
-        axis, shape = args[1] if len(args) > 1 else 0, [*maps[0].shape]
-        shape[axis] = sum(it.shape[axis] for it in maps)
-        agree = all([*it.shape[:axis], *it.shape[axis + 1 :]] == [*shape[:axis], *shape[axis + 1 :]] for it in maps)
-        return maps[0].new_empty(shape) if agree and axis >= 0 else None
-    if func in _MAPS and len({it.shape for it in maps}) == 1:
-        return maps[0] if func is torch.ops.aten.hardtanh_.default else maps[0].new_empty(maps[0].shape)
-    return None
+        axis = args[1] if len(args) > 1 else 0
+        if axis < 0 or len({(it.shape[:axis], it.shape[axis + 1 :]) for it in (first, *others)}) > 1:
+            return None
+        together = sum(it.shape[axis] for it in (first, *others))
+        return first.new_empty((*first.shape[:axis], together, *first.shape[axis + 1 :]))
+    if any(it.shape != first.shape for it in others):
+        return None
+    return first if func is torch.ops.aten.hardtanh_.default else first.new_empty(first.shape)
 
 
 class _LiveStorages(TorchDispatchMode):

@@ -60,9 +60,7 @@ def run_loop(job: Job, report: Callable[[Record], None]) -> None:
     settings = job.settings
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    # What is computed with TF32, or by whichever kernel was fastest, would not be computed so again.
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    compute_repeatably()
     loop = Loop(job, report)
     on_gpu = torch.cuda.is_available()
     several = DDPStrategy(process_group_backend="nccl" if on_gpu else "gloo", timeout=LONGEST_VALIDATION)
@@ -154,7 +152,7 @@ class Loop(LightningModule):
         self.job, self.settings, self.report = job, job.settings, report
         self.memory = memory_of(load_checkpoint(job.last)) if job.last.exists() else Memory()
         self.network = job.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
-        _freeze(self.network, self.settings)
+        freeze(self.network, self.settings)
         self.averaged: Network | None = None
         if self.settings.average != "none":
             self.averaged = copy.deepcopy(self.network).requires_grad_(requires_grad=False)
@@ -171,10 +169,7 @@ class Loop(LightningModule):
         super().train(mode)
         if self.averaged is not None:
             self.averaged.eval()
-        if self.settings.frozen_statistics or self.settings.freeze_encoder:
-            for name, layer in self.network.named_modules():
-                if name.startswith(self.network.encoder_prefix) and isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                    layer.eval()
+        keep_statistics(self.network, self.settings)
         return self
 
     def train_dataloader(self) -> Feed:
@@ -378,7 +373,22 @@ def average_weights(pairs: Sequence[tuple[Tensor, Tensor]], share: float) -> Non
             old.copy_(new)
 
 
-def _freeze(network: Network, settings: FitSettings) -> None:
+def compute_repeatably() -> None:
+    """What is computed with TF32, or by whichever kernel was fastest, would not be computed so again."""
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def keep_statistics(network: Network, settings: FitSettings) -> None:
+    """Of a network in training mode put into eval mode what has statistics that are not to change."""
+    if settings.frozen_statistics or settings.freeze_encoder:
+        for name, layer in network.named_modules():
+            if name.startswith(network.encoder_prefix) and isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.eval()
+
+
+def freeze(network: Network, settings: FitSettings) -> None:
+    """Let all weights learn but those that `freeze_encoder` keeps. FitError where it has no encoder."""
     network.requires_grad_(requires_grad=True)
     encoder = [p for name, p in network.named_parameters() if name.startswith(network.encoder_prefix)]
     if settings.freeze_encoder and not encoder:

@@ -105,6 +105,17 @@ class Uploaded:
     core: Core
 
 
+def input_side(network: Network, stride: int, length: int, least_px: int | None = None) -> int:
+    """How long a side of a network's input is for a window's.
+
+    Up to the next multiple of the stride, and so many strides at least that the coarsest map is wide enough. A network
+    with a remainder is given one stride less, and its remainder.
+    """
+    least = LEAST_STRIDES * stride + 2 * network.border_px if least_px is None else least_px
+    whole = -(-max(length, least) // stride) * stride
+    return whole - (stride - network.remainder_px if network.remainder_px else 0)
+
+
 class Predictor:
     """Holds a bundle's network on a device, in one precision, with a number of threads on a CPU.
 
@@ -248,7 +259,7 @@ class Predictor:
         height, width = image_BCHW.shape[2:]
         rows, cols = slice(around[0], height - around[2]), slice(around[1], width - around[3])
         border = self.network.border_px
-        tall, wide = (self._side(length, least_px) for length in (height, width))
+        tall, wide = (input_side(self.network, self.card.stride, length, least_px) for length in (height, width))
         margin = (0, wide - width, 0, tall - height)
         if any(margin):
             # A negative margin cuts off what no answer depends on.
@@ -262,17 +273,6 @@ class Predictor:
             rest = (border, width - border - logits_HW.shape[1], border, height - border - logits_HW.shape[0])
             logits_HW = torch.nn.functional.pad(logits_HW, rest, value=float("nan"))
         return logits_HW[rows, cols]
-
-    def _side(self, length: int, least_px: int | None) -> int:
-        """How long a side of the network's input is for a window's.
-
-        Up to the next multiple of the stride, and so many strides at least that the coarsest map is wide enough. A
-        network with a remainder is given one stride less, and its remainder.
-        """
-        network, stride = self.network, self.card.stride
-        least = LEAST_STRIDES * stride + 2 * network.border_px if least_px is None else least_px
-        whole = -(-max(length, least) // stride) * stride
-        return whole - (stride - network.remainder_px if network.remainder_px else 0)
 
     def _some_rows(self, height: int) -> list[slice]:
         """A window's rows, so many at once as are in float32: all of them on a GPU."""
