@@ -45,11 +45,10 @@ def write_config(folder: Path, tiles: Path, model: str, cut: tuple[int, int, int
 def workers_of(process: psutil.Popen) -> list[psutil.Process]:
     found = []
     for child in process.children(recursive=True):
-        try:
-            if "spawn_main" in " ".join(child.cmdline()):
+        with suppress(psutil.Error):  # one that is just dying has no command line
+            started_by = " ".join(child.cmdline())
+            if "spawn_main" in started_by or ("forkserver" in started_by and child.ppid() != process.pid):
                 found.append(child)
-        except psutil.Error:
-            continue
     return found
 
 

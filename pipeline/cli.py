@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -181,18 +181,22 @@ def run(
         from .allocator import spare_memory
 
         spare_memory()
-        from .logs import logging_to
-        from .progress import show_summary, terminal
-        from .run import dry_run as plan_only
-        from .run import map_city
-
         if dry_run:
+            from .run import dry_run as plan_only
+
             for label, text in plan_only(config):
                 click.echo(f"{label:>10}  {text}")
             return
-        console = terminal(quiet=as_json)
-        with logging_to(log_file, as_json):
-            published = map_city(config, console, fresh, performance_report)
+        from .cluster_fork import forking
+
+        with forking() if config.cluster.kind == "local" else nullcontext():
+            from .logs import logging_to
+            from .progress import show_summary, terminal
+            from .run import map_city
+
+            console = terminal(quiet=as_json)
+            with logging_to(log_file, as_json):
+                published = map_city(config, console, fresh, performance_report)
         show_summary(console, published.stages)
         click.echo(
             f"{published.buildings} buildings, {published.buildings_m2 / 1e4:.2f} ha, in"

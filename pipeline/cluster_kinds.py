@@ -15,9 +15,9 @@ from typing import Any
 
 from segpipe.tasks.errors import UserError
 
-from .allocator import WORKER_ENVIRONMENT
 from .cluster import Cluster, Jobs, Pool
 from .cluster_check import Facts, Tls, address_in, check_address, choose_crew, facts_here, own_versions, tls_context
+from .cluster_fork import STARTED_WITH
 from .cluster_local import close_soon, local_pool
 from .cluster_pool import OWN_FAILURES, Distributed
 from .cluster_worker import WORKER_TIMEOUT_S
@@ -34,7 +34,7 @@ CLOSING_CLASS_S = 8
 
 def dask_settings(threads: int | str = "auto") -> dict[str, Any]:
     """What is asked of Dask, here and in workers: nothing spills, what is gone is soon noticed, logs are short."""
-    environment = {"OPENBLAS_NUM_THREADS": "1", **WORKER_ENVIRONMENT}
+    environment = dict(STARTED_WITH)
     if threads != "auto":
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return {

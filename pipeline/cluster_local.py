@@ -14,12 +14,14 @@ from typing import Any
 from segpipe.tasks.errors import RunError
 
 from .cluster import Pool
+from .cluster_fork import held_back, starting_method
 from .cluster_pool import TASKS_PER_GPU, Distributed
 from .devices import one_device_each
 from .plan import Plan
 
 CLOSING_S = 3
 """What a client or a cluster is given to close in: all of it must end within 10 s of Ctrl-C."""
+STARTING_METHOD = "distributed.worker.multiprocessing-method"
 THREADS_PER_WORKER = TASKS_PER_GPU + 1
 """Those of the tasks that share the GPU, and one for reading and vectorizing meanwhile."""
 
@@ -27,6 +29,8 @@ THREADS_PER_WORKER = TASKS_PER_GPU + 1
 @contextmanager
 def local_pool(plan: Plan) -> Iterator[Pool]:
     """A pool on worker processes of this machine, which end with it; what still runs in them then is abandoned."""
+    import dask
+
     options = {
         "nthreads": THREADS_PER_WORKER,
         "memory_limit": plan.workers.memory_bytes,
@@ -35,7 +39,7 @@ def local_pool(plan: Plan) -> Iterator[Pool]:
     count = plan.workers.count
     on_gpus = plan.recipe.device.startswith("cuda")
     environments = one_device_each(count, os.environ) if on_gpus else [{}] * count
-    with _local_client(options, environments) as client:
+    with dask.config.set({STARTING_METHOD: starting_method()}), _local_client(options, environments) as client:
         yield Distributed(client, plan)
 
 
@@ -77,7 +81,7 @@ def _local_client(options: Mapping[str, Any], environments: Sequence[Mapping[str
         closing.enter_context(silence_logging_cmgr(logging.CRITICAL))
         # Multiprocessing's own helper, were it started later, would let the thread that starts it take signals again.
         resource_tracker.ensure_running()
-        with _held_back(signal.SIGINT):
+        with held_back(signal.SIGINT):
             # Ctrl-C in a terminal goes to all processes in it. What this thread holds back, the thread of the loop
             # holds back for ever, and so does each worker process, which is started from there, be it anew after a
             # death. So it comes to the main thread alone, and that ends the others.
@@ -85,7 +89,7 @@ def _local_client(options: Mapping[str, Any], environments: Sequence[Mapping[str
             loop.start()
             closing.callback(loop.stop, CLOSING_S)
         loop.loop.asyncio_loop.set_exception_handler(lambda loop, context: None)
-        with _held_back(signal.SIGINT, signal.SIGTERM):
+        with held_back(signal.SIGINT, signal.SIGTERM):
             # Stopped in here, it would leave processes that nobody knows.
             cluster = SpecCluster(
                 workers={
@@ -106,16 +110,6 @@ def _local_client(options: Mapping[str, Any], environments: Sequence[Mapping[str
         # Killed before anything is closed: closing would wait for what runs in them.
         closing.callback(_kill_workers, cluster)
         yield client
-
-
-@contextmanager
-def _held_back(*signals: signal.Signals) -> Iterator[None]:
-    """Hold signals to this thread back; they come when it is over."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def close_soon(it: Any, seconds: float = CLOSING_S) -> None:

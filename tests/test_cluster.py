@@ -7,8 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from distributed import LocalCluster
 from rich.console import Console
 
 from segpipe.models.weights import load_bundle, save_bundle
-from segpipe.pipeline import cluster_check, cluster_kinds, cluster_pool, cluster_worker, devices, run
+from segpipe.pipeline import cluster_check, cluster_fork, cluster_kinds, cluster_pool, cluster_worker, devices, run
 from segpipe.pipeline.cluster import InProcess, Outcome, Task
+from segpipe.pipeline.cluster_fork import forking
 from segpipe.pipeline.cluster_pool import Distributed
 from segpipe.pipeline.config import load_city, with_scheduler
 from segpipe.pipeline.plan import Plan, make_plan
@@ -69,14 +71,24 @@ def workers() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):  # one that is just dying has no command line
-            if "spawn_main" in " ".join(process.cmdline()):
+            started_by = " ".join(process.cmdline())
+            if "spawn_main" in started_by or ("forkserver" in started_by and process.ppid() != os.getpid()):
                 found.append(process)
     return found
 
 
+@pytest.fixture(params=[nullcontext, forking], ids=["started anew", "forked"])
+def starting(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each way in which worker processes of this machine start."""
+    with request.param():
+        yield
+
+
+@pytest.mark.usefixtures("starting")
 def test_worker_processes_give_the_bytes_of_this_process_and_one_may_be_killed(
-    city: City, monkeypatch: pytest.MonkeyPatch
+    city: City, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
+    folder = city.folder / request.node.name
     killed: list[int] = []
     take_next = Distributed.next
 
@@ -90,10 +102,10 @@ def test_worker_processes_give_the_bytes_of_this_process_and_one_may_be_killed(
         return outcome
 
     monkeypatch.setattr(Distributed, "next", killing)
-    map_it(city.config, "output=two", "cluster.workers=2")
+    map_it(city.config, f"output='{folder}'", "cluster.workers=2")
     assert killed
-    assert outputs(city.folder / "two") == outputs(city.folder / "twin")
-    done = tasks_done(city.folder / "two")
+    assert outputs(folder) == outputs(city.folder / "twin")
+    done = tasks_done(folder)
     assert set(done) == set(tasks_done(city.folder / "twin"))
     assert not workers()
 
@@ -166,6 +178,7 @@ def held_back(pid: int) -> set[int]:
     return {number for number in range(1, 32) for mask in masks if mask >> (number - 1) & 1}
 
 
+@pytest.mark.usefixtures("starting")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc that tells of signals")
 def test_a_worker_has_one_gpu_and_leaves_ctrl_c_to_the_driver_also_when_it_is_started_anew(
     city: City, monkeypatch: pytest.MonkeyPatch
@@ -200,6 +213,48 @@ def test_a_worker_has_one_gpu_and_leaves_ctrl_c_to_the_driver_also_when_it_is_st
     # What was killed is gone when the system has come to it.
     assert not psutil.wait_procs(workers(), timeout=60)[1]
     assert dask.config.config["distributed"]["nanny"]["pre-spawn-environ"] == settings
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+def test_what_is_forked_from_ends_with_the_block_even_amid_its_imports_and_changes_no_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    before, children = dict(os.environ), psutil.Process().children()
+    with forking():
+        assert os.environ == before
+        (server,) = (
+            it for it in psutil.Process().children() if it not in children and "forkserver" in it.cmdline()[-1]
+        )
+        assert signal.SIGINT in held_back(server.pid)
+        assert server.environ()["GOMP_SPINCOUNT"] == cluster_fork.STARTED_WITH["GOMP_SPINCOUNT"]
+        assert cluster_fork.starting_method() == "forkserver"
+    assert not server.is_running()
+    assert cluster_fork.starting_method() == "spawn"
+
+
+def test_where_its_socket_has_no_place_workers_start_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_fork.forkserver, "ensure_running", partial(os.listdir, "/not there"))
+    with forking():
+        assert cluster_fork.starting_method() == "spawn"
+
+
+LOOK_AT_IMPORTS = """
+import importlib, os, sys, threading, warnings
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+import torch
+assert threading.active_count() == 1 and not torch.cuda.is_initialized(), threading.enumerate()
+names = {open(f"/proc/self/task/{it}/comm").read().strip() for it in os.listdir("/proc/self/task")}
+# Arrow's jemalloc starts its own thread anew behind a fork.
+assert len(names - {"jemalloc_bg_thd"}) == 1, names
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+def test_what_workers_are_forked_with_has_no_threads_and_no_gpu() -> None:
+    environment = os.environ | cluster_fork.STARTED_WITH
+    subprocess.run([sys.executable, "-c", LOOK_AT_IMPORTS, *cluster_fork.IMPORTED], env=environment, check=True)
 
 
 def test_without_a_choice_of_gpus_they_are_counted() -> None:

@@ -1,0 +1,80 @@
+"""The process that this machine's workers are forked from: it imports what they need while a run is planned."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from multiprocessing import forkserver, resource_tracker
+from typing import Any
+
+from .allocator import WORKER_ENVIRONMENT
+
+STARTED_WITH = {"OPENBLAS_NUM_THREADS": "1", **WORKER_ENVIRONMENT}
+"""Environment that any worker process is started with. With threads of OpenBLAS none could be forked."""
+IMPORTED = ["distributed", "segpipe.pipeline.cluster_worker", "segpipe.pipeline.predict"]
+"""Nothing of this may start a thread of Python, or use a GPU, at its import: no fork would bear it."""
+
+_forking = ContextVar("_forking", default=False)
+
+
+@contextmanager
+def forking() -> Iterator[None]:
+    """Within it workers of this machine are forked from one process, which starts at once; it ends with the block.
+
+    Started each by itself, and after the plan, they would import for 6 s on two cores, and again after each death. On
+    Linux alone: elsewhere libraries of the system do not bear a fork.
+    """
+    started = sys.platform == "linux" and _start()
+    token = _forking.set(started)
+    try:
+        yield
+    finally:
+        _forking.reset(token)
+        if started:
+            _end()
+
+
+def starting_method() -> str:
+    """How worker processes are to be started now, by multiprocessing's name for it."""
+    return "forkserver" if _forking.get() else "spawn"
+
+
+@contextmanager
+def held_back(*signals: signal.Signals) -> Iterator[None]:
+    """Hold signals to this thread back; they come when it is over. Whatever starts within holds them back for ever."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start() -> bool:
+    """Start the process, which leaves Ctrl-C to this one; False where there is no place for its socket."""
+    before = dict(os.environ)
+    # Multiprocessing's own helper, were it started later, would let the thread that starts it take signals again.
+    resource_tracker.ensure_running()
+    forkserver.set_forkserver_preload(IMPORTED)
+    os.environ.update(STARTED_WITH)
+    try:
+        with held_back(signal.SIGINT):
+            forkserver.ensure_running()
+    except OSError:
+        return False
+    finally:
+        for name in STARTED_WITH:
+            os.environ.pop(name)
+        os.environ.update({name: before[name] for name in STARTED_WITH if name in before})
+    return True
+
+
+def _end() -> None:
+    """Kill it, which may still import: all that waits for this command's output would wait for that too."""
+    server: Any = forkserver._forkserver  # there is no other way to end it
+    with suppress(ProcessLookupError):
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+    server._stop()
