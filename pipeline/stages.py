@@ -51,7 +51,7 @@ ReadChunk = Callable[[str, str, Cell], NDArray[np.uint8]]
 JOIN_CACHE_BYTES = 2**25
 """Decoded chunks that are held while the buildings of one block are joined."""
 
-VERSIONS = {"scan": 2, "read": 2, "predict": 6, "vectorize": 3, "join": 3}
+VERSIONS = {"scan": 2, "read": 3, "predict": 6, "vectorize": 3, "join": 3}
 """Raised when a stage of a new version gives other bytes for the same input: what older ones did is then not done."""
 
 

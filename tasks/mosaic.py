@@ -65,18 +65,29 @@ class Mosaic:
         finer = max(window.height / cell.height, window.width / cell.width, 1.0)
         return window.pad(int(_MARGIN_PX * finer) + 1)
 
+    def scale(self, cell: Window) -> tuple[float, float]:
+        """Pixels of the lattice for one of the mosaic's grid, along its columns and rows, in the middle of a cell."""
+        row, col = cell.row_off + cell.height / 2, cell.col_off + cell.width / 2
+        ends = np.array([col, col + 1, col]), np.array([row, row, row + 1])
+        at = apply(self.lattice.transform(), *ends)
+        columns, rows = apply(~Affine(*self.transform), *_carry(self.lattice.crs_wkt, self.crs_wkt, *at))
+        return 1 / float(np.hypot(*np.diff(columns[[1, 0, 2]]))), 1 / float(np.hypot(*np.diff(rows[[1, 0, 2]])))
+
 
 def warp_cell(mosaic: Mosaic, cell: Window, read: Callable[[Window], Pixels]) -> Pixels:
     """One whole cell of the lattice, (C, H, W) uint8 and (H, W), from what read gives of the mosaic's grid.
 
-    The transformer is exact, not interpolated. A pixel is valid where the mosaic's pixel under its centre is, or, for
-    averages, where at least half of its area is; invalid pixels have no share in any value. Invalid pixels are 0.
+    The transformer is exact, not interpolated. Pixels are smoothed by how large they are alone: GDAL would take a
+    turned grid for a finer one, since the window of it that a cell lies in is larger. A pixel is valid where the
+    mosaic's pixel under its centre is, or, for averages, where at least half of its area is; invalid pixels have no
+    share in any value. Invalid pixels are 0.
     """
     source = mosaic.source(cell)
     image_CHW, valid_HW = read(source)
     bands = len(image_CHW)
     if not valid_HW.any():
         return np.zeros((bands, *cell.shape_yx), np.uint8), np.zeros(cell.shape_yx, np.bool_)
+    columns, rows = mosaic.scale(cell)
     place = {
         "src_transform": Affine(*mosaic.transform) * Affine.translation(source.col_off, source.row_off),
         "src_crs": _crs(mosaic.crs_wkt),
@@ -85,6 +96,8 @@ def warp_cell(mosaic: Mosaic, cell: Window, read: Callable[[Window], Pixels]) ->
         "resampling": Resampling[mosaic.resampling],
         "tolerance": 0,
         "num_threads": 1,
+        "XSCALE": columns,
+        "YSCALE": rows,
     }
     alpha_HW = np.where(valid_HW, np.uint8(255), np.uint8(0))
     warped_CHW = np.zeros((bands + 1, *cell.shape_yx), np.uint8)

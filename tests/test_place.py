@@ -1,4 +1,4 @@
-"""Where tiles lie: CRS, resolution, lattice, mosaics, groups; and warped pixels, with GDAL's own warp as the oracle."""
+"""Where tiles lie: CRS, resolution, lattice, mosaics, groups; and warped pixels, with GDAL and SciPy as oracles."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import rasterio
 from affine import Affine
 from pyproj import CRS, Transformer
 from rasterio.warp import Resampling, calculate_default_transform, reproject
+from scipy.ndimage import map_coordinates
 
 from segpipe.pipeline.place import check_scattered, one_wording, place_tiles, settled_mosaics
 from segpipe.tasks.errors import UserError
@@ -263,6 +264,32 @@ def test_warping_is_gdals_with_an_exact_transformer(tmp_path: Path) -> None:
     inside = valid & (expected > 0).all(axis=0)
     # Up to the kernel's last digit, which depends on the window that GDAL is asked for.
     assert np.abs(found.astype(int) - expected)[:, inside].max() <= 1
+
+
+@pytest.mark.parametrize("angle", [2, 20, 45, 117])
+def test_a_turned_tile_is_interpolated_and_not_smoothed(tmp_path: Path, angle: float) -> None:
+    image = np.random.default_rng(3).integers(1, 256, (3, 900, 900), np.uint8)
+    transform = utm() * Affine.rotation(angle)
+    (tile,) = placed([write(tmp_path / "tile.tif", image, transform, UTM)], crs=UTM, resolution_m=0.3)
+    assert tile.mosaic is not None
+    found, valid = in_chunks([tile], tile.cover, CELL_PX)
+    rows, cols = np.nonzero(valid)
+    x, y = tile.mosaic.lattice.transform(tile.cover.row_off, tile.cover.col_off) * (cols + 0.5, rows + 0.5)
+    col, row = ~transform * (x, y)
+    inside = (np.minimum(row, col) > 1) & (np.maximum(row, col) < 899)
+    assert inside.sum() > 300_000
+    for band, expected in zip(found, image, strict=True):
+        interpolated = map_coordinates(expected.astype(float), [row[inside] - 0.5, col[inside] - 0.5], order=1)
+        assert np.abs(band[rows[inside], cols[inside]] - interpolated).max() <= 0.51
+
+
+def test_pixels_that_are_narrow_one_way_are_smoothed_that_way(tmp_path: Path) -> None:
+    image = np.random.default_rng(3).integers(1, 256, (3, 300, 600), np.uint8)
+    transform = Affine(0.22, 0, X, 0, -0.4, Y)
+    (tile,) = placed([write(tmp_path / "tile.tif", image, transform, UTM)], crs=UTM, resolution_m=0.3)
+    assert tile.mosaic is not None
+    assert tile.mosaic.resampling == "bilinear"
+    assert tile.mosaic.scale(Window(5, 9, 64, 64)) == pytest.approx((0.22 / 0.3, 0.4 / 0.3))
 
 
 def test_a_warped_tile_lies_where_it_lies(tmp_path: Path) -> None:
