@@ -46,6 +46,8 @@ def starting_method() -> str:
 @contextmanager
 def held_back(*signals: signal.Signals) -> Iterator[None]:
     """Hold signals to this thread back; they come when it is over. Whatever starts within holds them back for ever."""
+    # Multiprocessing's own helper, were it started later, would let the thread that starts it take signals again.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
@@ -56,8 +58,6 @@ def held_back(*signals: signal.Signals) -> Iterator[None]:
 def _start() -> bool:
     """Start the process, which leaves Ctrl-C to this one; False where there is no place for its socket."""
     before = dict(os.environ)
-    # Multiprocessing's own helper, were it started later, would let the thread that starts it take signals again.
-    resource_tracker.ensure_running()
     forkserver.set_forkserver_preload(IMPORTED)
     os.environ.update(STARTED_WITH)
     try:

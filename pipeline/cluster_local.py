@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from multiprocessing import resource_tracker
 from typing import Any
 
 from segpipe.tasks.errors import RunError
@@ -79,8 +78,6 @@ def _local_client(options: Mapping[str, Any], environments: Sequence[Mapping[str
     with ExitStack() as closing:
         # A cluster that ends amid its work has much to tell, in tracebacks, and none of it is news.
         closing.enter_context(silence_logging_cmgr(logging.CRITICAL))
-        # Multiprocessing's own helper, were it started later, would let the thread that starts it take signals again.
-        resource_tracker.ensure_running()
         with held_back(signal.SIGINT):
             # Ctrl-C in a terminal goes to all processes in it. What this thread holds back, the thread of the loop
             # holds back for ever, and so does each worker process, which is started from there, be it anew after a
