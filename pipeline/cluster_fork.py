@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from multiprocessing import forkserver, resource_tracker
 from typing import Any
@@ -28,14 +28,16 @@ def forking() -> Iterator[None]:
     Started each by itself, and after the plan, they would import for 6 s on two cores, and again after each death. On
     Linux alone: elsewhere libraries of the system do not bear a fork.
     """
-    started = sys.platform == "linux" and _start()
-    token = _forking.set(started)
+    if sys.platform != "linux":
+        yield
+        return
+    token = _forking.set(False)
     try:
+        _forking.set(_start())
         yield
     finally:
         _forking.reset(token)
-        if started:
-            _end()
+        _end()
 
 
 def starting_method() -> str:
@@ -56,25 +58,31 @@ def held_back(*signals: signal.Signals) -> Iterator[None]:
 
 
 def _start() -> bool:
-    """Start the process, which leaves Ctrl-C to this one; False where there is no place for its socket."""
-    before = dict(os.environ)
+    """Start the process, which leaves Ctrl-C to this one; False where there is no place for its socket.
+
+    As with workers that start by themselves, what the user has exported counts.
+    """
+    # Started by -c it would take a module in the working directory for the library of that name.
+    added = {name: value for name, value in (STARTED_WITH | {"PYTHONSAFEPATH": "1"}).items() if name not in os.environ}
     forkserver.set_forkserver_preload(IMPORTED)
-    os.environ.update(STARTED_WITH)
+    os.environ.update(added)
     try:
         with held_back(signal.SIGINT):
             forkserver.ensure_running()
     except OSError:
         return False
     finally:
-        for name in STARTED_WITH:
+        for name in added:
             os.environ.pop(name)
-        os.environ.update({name: before[name] for name in STARTED_WITH if name in before})
     return True
 
 
 def _end() -> None:
     """Kill it, which may still import: all that waits for this command's output would wait for that too."""
     server: Any = forkserver._forkserver  # there is no other way to end it
-    with suppress(ProcessLookupError):
-        os.kill(server._forkserver_pid, signal.SIGKILL)
-    server._stop()
+    try:
+        if server._forkserver_pid is not None:
+            os.kill(server._forkserver_pid, signal.SIGKILL)
+        server._stop()
+    except OSError:  # it was gone already, with its socket, or this process is not told how its children end
+        server._forkserver_pid = None

@@ -1,5 +1,6 @@
 """The same work on real worker processes, which die, and in this process: the same bytes."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -215,22 +216,69 @@ def test_a_worker_has_one_gpu_and_leaves_ctrl_c_to_the_driver_also_when_it_is_st
     assert dask.config.config["distributed"]["nanny"]["pre-spawn-environ"] == settings
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+
+
+def fork_server() -> psutil.Process:
+    (found,) = (it for it in psutil.Process().children() if "multiprocessing.forkserver" in it.cmdline()[-1])
+    return found
+
+
+@ON_LINUX
 def test_what_is_forked_from_ends_with_the_block_even_amid_its_imports_and_changes_no_variable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    before, children = dict(os.environ), psutil.Process().children()
+    monkeypatch.delenv("MALLOC_TOP_PAD_", raising=False)
+    before = dict(os.environ)
     with forking():
         assert os.environ == before
-        (server,) = (
-            it for it in psutil.Process().children() if it not in children and "forkserver" in it.cmdline()[-1]
-        )
+        server = fork_server()
         assert signal.SIGINT in held_back(server.pid)
-        assert server.environ()["GOMP_SPINCOUNT"] == cluster_fork.STARTED_WITH["GOMP_SPINCOUNT"]
+        assert server.environ()["GOMP_SPINCOUNT"] == "7"
+        assert server.environ()["MALLOC_TOP_PAD_"] == cluster_fork.STARTED_WITH["MALLOC_TOP_PAD_"]
         assert cluster_fork.starting_method() == "forkserver"
     assert not server.is_running()
     assert cluster_fork.starting_method() == "spawn"
+
+
+@ON_LINUX
+def test_what_ends_a_run_is_told_also_where_the_process_to_fork_from_was_gone_before() -> None:
+    with pytest.raises(RunError, match="its own"), forking():
+        server = fork_server()
+        server.kill()
+        server.wait()  # nobody else is told of its end then
+        raise RunError("its own")
+    assert cluster_fork.starting_method() == "spawn"
+
+
+@ON_LINUX
+def test_ctrl_c_while_it_starts_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    ensure_running = cluster_fork.forkserver.ensure_running
+
+    def interrupted() -> None:
+        ensure_running()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(cluster_fork.forkserver, "ensure_running", interrupted)
+    with pytest.raises(KeyboardInterrupt), forking():
+        raise AssertionError("it comes as soon as signals are let through")
+    assert not [it for it in psutil.Process().children() if "multiprocessing.forkserver" in it.cmdline()[-1]]
+
+
+@ON_LINUX
+def test_a_module_in_the_working_directory_takes_no_librarys_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "distributed.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    with forking():
+        context = multiprocessing.get_context("forkserver")
+        child = context.Process(target=os.getpid)  # behind all imports
+        child.start()
+        child.join()
+    assert child.exitcode == 0
+    assert not (tmp_path / "run").exists()
 
 
 def test_where_its_socket_has_no_place_workers_start_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,18 +288,23 @@ def test_where_its_socket_has_no_place_workers_start_each_by_itself(monkeypatch:
 
 
 LOOK_AT_IMPORTS = """
-import importlib, os, sys, threading, warnings
+import importlib, os, sys, threading
+import torch
+
+def refuse(*arguments):
+    raise AssertionError("asked for a GPU")
+
+torch.cuda.init = torch.cuda.is_available = torch.cuda.device_count = refuse
 for name in sys.argv[1:]:
     importlib.import_module(name)
-import torch
-assert threading.active_count() == 1 and not torch.cuda.is_initialized(), threading.enumerate()
-names = {open(f"/proc/self/task/{it}/comm").read().strip() for it in os.listdir("/proc/self/task")}
-# Arrow's jemalloc starts its own thread anew behind a fork.
-assert len(names - {"jemalloc_bg_thd"}) == 1, names
+assert threading.active_count() == 1, threading.enumerate()
+names = [open(f"/proc/self/task/{it}/comm").read().strip() for it in os.listdir("/proc/self/task")]
+# Arrow's jemalloc does without its own thread behind a fork.
+assert len([it for it in names if it != "jemalloc_bg_thd"]) == 1, names
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+@ON_LINUX
 def test_what_workers_are_forked_with_has_no_threads_and_no_gpu() -> None:
     environment = os.environ | cluster_fork.STARTED_WITH
     subprocess.run([sys.executable, "-c", LOOK_AT_IMPORTS, *cluster_fork.IMPORTED], env=environment, check=True)
