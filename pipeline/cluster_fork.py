@@ -14,7 +14,7 @@ from typing import Any
 from .allocator import WORKER_ENVIRONMENT
 
 STARTED_WITH = {"OPENBLAS_NUM_THREADS": "1", **WORKER_ENVIRONMENT}
-"""Environment that any worker process is started with. With threads of OpenBLAS none could be forked."""
+"""Environment that any worker process is started with, but for variables that the user has exported."""
 IMPORTED = ["distributed", "segpipe.pipeline.cluster_worker", "segpipe.pipeline.predict"]
 """Nothing of this may start a thread of Python, or use a GPU, at its import: no fork would bear it."""
 

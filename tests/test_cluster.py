@@ -219,9 +219,8 @@ def test_a_worker_has_one_gpu_and_leaves_ctrl_c_to_the_driver_also_when_it_is_st
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
 
 
-def fork_server() -> psutil.Process:
-    (found,) = (it for it in psutil.Process().children() if "multiprocessing.forkserver" in it.cmdline()[-1])
-    return found
+def fork_servers() -> list[psutil.Process]:
+    return [it for it in psutil.Process().children() if "multiprocessing.forkserver" in it.cmdline()[-1]]
 
 
 @ON_LINUX
@@ -233,7 +232,7 @@ def test_what_is_forked_from_ends_with_the_block_even_amid_its_imports_and_chang
     before = dict(os.environ)
     with forking():
         assert os.environ == before
-        server = fork_server()
+        (server,) = fork_servers()
         assert signal.SIGINT in held_back(server.pid)
         assert server.environ()["GOMP_SPINCOUNT"] == "7"
         assert server.environ()["MALLOC_TOP_PAD_"] == cluster_fork.STARTED_WITH["MALLOC_TOP_PAD_"]
@@ -245,7 +244,7 @@ def test_what_is_forked_from_ends_with_the_block_even_amid_its_imports_and_chang
 @ON_LINUX
 def test_what_ends_a_run_is_told_also_where_the_process_to_fork_from_was_gone_before() -> None:
     with pytest.raises(RunError, match="its own"), forking():
-        server = fork_server()
+        (server,) = fork_servers()
         server.kill()
         server.wait()  # nobody else is told of its end then
         raise RunError("its own")
@@ -263,7 +262,7 @@ def test_ctrl_c_while_it_starts_leaves_no_process(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cluster_fork.forkserver, "ensure_running", interrupted)
     with pytest.raises(KeyboardInterrupt), forking():
         raise AssertionError("it comes as soon as signals are let through")
-    assert not [it for it in psutil.Process().children() if "multiprocessing.forkserver" in it.cmdline()[-1]]
+    assert not fork_servers()
 
 
 @ON_LINUX
