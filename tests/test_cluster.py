@@ -252,7 +252,9 @@ def test_what_ends_a_run_is_told_also_where_the_process_to_fork_from_was_gone_be
 
 
 @ON_LINUX
+@pytest.mark.usefixtures("signals")
 def test_ctrl_c_while_it_starts_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores it
     ensure_running = cluster_fork.forkserver.ensure_running
 
     def interrupted() -> None:
