@@ -7,8 +7,9 @@ import platform
 import re
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from hashlib import blake2b
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -20,6 +21,8 @@ from .config import CityConfig
 from .stac import assets_of, is_item_list
 from .vrt import sources_of
 
+version = cache(metadata.version)
+"""Of an installed package; each is looked up once, as that takes milliseconds."""
 RASTERS = frozenset({".tif", ".tiff", ".jp2", ".vrt", ".png", ".jpg", ".jpeg", ".img", ".ecw", ".sid"})
 """Endings that count as imagery where a folder is named."""
 CLOSED = {".ecw": "ECW", ".sid": "MrSID"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from itertools import groupby
 from operator import itemgetter
@@ -107,6 +108,7 @@ class Report:
         return self.buildings_m2 / (self.valid_km2 * 1e6) if self.valid_px else 0.0
 
 
+@cache
 def page_template(name: str) -> jinja2.Template:
     """One of the pages that stand beside this module as templates; what is missing in what it is given is an error."""
     environment = jinja2.Environment(
