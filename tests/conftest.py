@@ -224,13 +224,15 @@ class Interrupted(InProcess):
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch, fake_network: type[FakePredictor]) -> type[FakePredictor]:
     """Runs of this test work in this process, with FakePredictor and without Dask."""
-    from segpipe.models import field
+    from segpipe.models import field, predictor
 
     @contextmanager
     def open_pool(plan: Plan, scheduler: str | None) -> Iterator[InProcess]:
         yield InProcess(plan)
 
     monkeypatch.setattr(run, "open_pool", open_pool)
+    # What a plan asks of a network that nothing is predicted with here.
+    monkeypatch.setattr(predictor, "made_ready", lambda network, device: network)
     monkeypatch.setattr(field, "peak_bytes_per_px", lambda network, dtype, bands, run: 500.0)
     return fake_network
 

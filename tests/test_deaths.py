@@ -9,6 +9,7 @@ from conftest import City, map_it, outputs, tasks_done
 from deeds import DEED, DIARY, fragile_city
 from distributed import Nanny, Status
 
+from segpipe.pipeline.cluster_fork import forking
 from segpipe.tasks.errors import RunError
 
 
@@ -24,7 +25,7 @@ def fails(city: City, deed: str, monkeypatch: pytest.MonkeyPatch, *overrides: st
     with monkeypatch.context() as patch:
         patch.setenv(DEED, deed)
         patch.setenv(DIARY, str(diary))
-        with pytest.raises(RunError) as caught:
+        with pytest.raises(RunError) as caught, forking():
             map_it(city.config, f"output={deed}", *overrides)
     assert caught.value.exit_code == 1
     return str(caught.value), diary.read_text().count("\n")
@@ -73,7 +74,8 @@ def test_a_block_that_kills_its_worker_twice_is_set_aside_and_only_it_is_done_by
     folder = city.folder / f"{deed}{workers}"
     others_are_done(city, folder)
     before = tasks_done(folder)
-    map_it(city.config, *settings)
+    with forking():
+        map_it(city.config, *settings)
     assert outputs(folder) == outputs(city.folder / "twin")
     again = tasks_done(folder) - before
     assert sum(stage in ("predict", "vectorize") for stage, _ in again) == 2

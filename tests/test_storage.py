@@ -50,7 +50,7 @@ from segpipe.tasks.read import _open_tiles
 MakeCity = Callable[..., City]
 
 RUN = f"s3://{BUCKET}/runs/tiny"
-SMALL: dict[str, Any] = {"tile_px": 144, "grid": {"chunk_px": 64, "block_px": 128}, "nodata_min_m2": 50}
+SMALL: dict[str, Any] = {"tile_px": 112, "seed": 4, "grid": {"chunk_px": 64, "block_px": 128}, "nodata_min_m2": 50}
 
 
 @pytest.fixture(autouse=True)
