@@ -12,7 +12,7 @@ demo: .venv/installed
 	$(BIN)/segpipe demo $(DEMO) --run
 
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile
 
 # What CI asks besides the tests: style, types, and which way the imports run.
 check: .venv/installed
