@@ -41,6 +41,9 @@ _MAPS = {
     torch.ops.aten.batch_norm.default: 1,
 }
 """Operators that give a map of the shape of those they are given, and how many these are."""
+_CONVOLUTION = torch.ops.aten.conv2d.default
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+_FUSED_CONVOLUTION = torch.ops.mkldnn._convolution_pointwise.default if _HAS_ONEDNN else None
 
 
 @dataclass(frozen=True)
@@ -332,10 +335,20 @@ def _meta(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _answer(func: Any, args: Sequence[Any]) -> Tensor | None:
     """What some operators make of maps on the meta device, None for others and for what is not plain.
 
-    Torch has these in Python there, and imports its compiler at the first of them, which takes 1.5 s.
+    Torch has these in Python there, and imports its compiler at the first of them, which takes 1.5 s, or what that one
+    reckons symbols with, which takes half a second.
     """
-    if func is not _CAT and func not in _MAPS:
-        return None
+    if func is _CONVOLUTION:
+        return _convolved(args[0], args[1], *args[3:])
+    if func is _FUSED_CONVOLUTION:
+        image_BCHW, weight, _, padding, stride, dilation, groups, *_ = args
+        map_BCHW = _convolved(image_BCHW, weight, stride, padding, dilation, groups)
+        return None if map_BCHW is None else map_BCHW.contiguous(memory_format=torch.channels_last)
+    return _brought_together(func, args) if func is _CAT or func in _MAPS else None
+
+
+def _brought_together(func: Any, args: Sequence[Any]) -> Tensor | None:
+    """What joins maps behind each other, or works pixel by pixel on maps of one shape, gives on the meta device."""
     first: Tensor
     others: list[Any]
     first, *others = args[0] if func is _CAT else args[: _MAPS[func]]
@@ -350,6 +363,29 @@ def _answer(func: Any, args: Sequence[Any]) -> Tensor | None:
     if any(it.shape != first.shape for it in others):
         return None
     return first if func is torch.ops.aten.hardtanh_.default else first.new_empty(first.shape)
+
+
+def _convolved(
+    image_BCHW: Tensor,
+    weight: Tensor,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor | None:
+    """The empty result of a convolution on the meta device; None for what does not fit together.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html
+    """
+    if not (image_BCHW.is_meta and weight.is_meta and image_BCHW.dtype == weight.dtype):
+        return None
+    if image_BCHW.ndim != 4 or image_BCHW.shape[1] != groups * weight.shape[1] or len(weight) % groups:
+        return None
+    if any(len(it) != 2 for it in (stride, padding, dilation)):
+        return None
+    axes = zip(image_BCHW.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    sides = [(side + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for side, kernel, step, pad, gap in axes]
+    return image_BCHW.new_empty((len(image_BCHW), len(weight), *sides)) if min(sides) > 0 else None
 
 
 class _LiveStorages(TorchDispatchMode):

@@ -95,18 +95,40 @@ def _local_client(options: Mapping[str, Any], environments: Sequence[Mapping[str
                 },
                 scheduler={
                     "cls": Scheduler,
-                    "options": here | {"dashboard": True, "dashboard_address": "127.0.0.1:0"},
+                    "options": here | {"dashboard": False, "dashboard_address": "127.0.0.1:0"},
                 },
                 silence_logs=logging.CRITICAL,
                 loop=loop.loop,
             )
             closing.callback(close_soon, cluster)
             closing.callback(_kill_workers, cluster)
+            _add_page(cluster.scheduler)
         client = Client(cluster, set_as_default=False)
         closing.callback(close_soon, client)
         # Killed before anything is closed: closing would wait for what runs in them.
         closing.callback(_kill_workers, cluster)
         yield client
+
+
+def _add_page(scheduler: Any) -> None:
+    """Let a scheduler serve Dask's page: imported when it is first looked at, as that takes a second of a start."""
+    from tornado.httputil import HTTPServerRequest
+    from tornado.web import Application
+
+    pages = scheduler.http_application
+
+    class Page(Application):
+        """Asked last, for what no other application of the scheduler has; the page takes its place."""
+
+        def find_handler(self, request: HTTPServerRequest, **named: Any) -> Any:
+            """Import the page, and ask all again."""
+            from distributed.dashboard.scheduler import connect
+
+            pages.applications.remove(self)
+            connect(pages, scheduler.http_server, scheduler)
+            return pages.find_handler(request, **named)
+
+    pages.add_application(Page())
 
 
 def close_soon(it: Any, seconds: float = CLOSING_S) -> None:

@@ -180,6 +180,23 @@ def held_back(pid: int) -> set[int]:
 
 
 @pytest.mark.usefixtures("starting")
+def test_dasks_page_is_served_and_only_imported_when_it_is_looked_at() -> None:
+    code = """
+import sys
+from urllib.request import urlopen
+from segpipe.pipeline.cluster_local import _local_client
+if __name__ == "__main__":
+    with _local_client({"nthreads": 1, "memory_limit": 0}, [{}]) as client:
+        assert "bokeh" not in sys.modules
+        link = client.dashboard_link
+        for page in (link.replace("status", ""), link, link.replace("status", "tasks")):
+            with urlopen(page) as answer:
+                assert answer.status == 200 and b"bokeh" in answer.read().lower(), page
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc that tells of signals")
 def test_a_worker_has_one_gpu_and_leaves_ctrl_c_to_the_driver_also_when_it_is_started_anew(
     city: City, monkeypatch: pytest.MonkeyPatch

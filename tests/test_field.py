@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from segpipe.models import field
 from segpipe.models.field import Field, peak_bytes_per_px, probe_field
 from segpipe.models.fold import fuse_convolutions
 from segpipe.models.networks import NETWORKS, Network, OwnNetwork, build_network, unet
@@ -191,6 +192,15 @@ def test_peak_memory_of_every_network_is_that_of_a_few_full_maps(name: str) -> N
     assert 40 < channels < 500
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_answered_in_place_of_torch_is_what_torch_would_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        network = build_network(name).eval()
+    told = [peak_bytes_per_px(network, torch.float32, run=run) for run in (None, made_ready(network, "cpu"))]
+    monkeypatch.setattr(field, "_answer", lambda func, args: None)
+    assert told == [peak_bytes_per_px(network, torch.float32, run=run) for run in (None, made_ready(network, "cpu"))]
+
+
 def test_memory_is_told_without_torchs_compiler_which_takes_longer_to_import_than_all_else_of_a_plan() -> None:
     code = """
 import sys, torch
@@ -203,6 +213,7 @@ for name in ("unet-mobilenetv2", "unet11", "unet-resnet18", "unet-densenet121"):
     for device in ("cpu", "cuda"):
         assert peak_bytes_per_px(network, torch.bfloat16, run=made_ready(network, device)) > 0
         assert "torch._dynamo" not in sys.modules, (name, device)
+        assert name != "unet-mobilenetv2" or "sympy" not in sys.modules, device
 """
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr

@@ -153,7 +153,7 @@ def _to_squares(kernel: Tensor, bias: Tensor | None) -> Part:
     """A convolution to the four pixels of squares, of a kernel (2, 2, out, in, height, width)."""
     reach = kernel.shape[-1] // 2
     flat = kernel.flatten(0, 2).contiguous(memory_format=torch.channels_last)
-    return Part(flat, None if bias is None else bias.repeat(4), (reach, reach))
+    return Part(flat, None if bias is None else torch.cat([bias] * 4), (reach, reach))
 
 
 def _squares(four_BCHW: Tensor) -> Tensor:
